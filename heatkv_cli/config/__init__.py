@@ -1,0 +1,50 @@
+"""Configuration: YAML groups and overrides in, frozen dataclasses out.
+
+Used by the commands and the pipeline only; the science below never sees a config file. Reading order: `settings` (what
+a run is), `sweep` (what was typed), `compose` (the way from one to the other), `typed` (checking, building leaves),
+`groups` (which files there are).
+"""
+
+from __future__ import annotations
+
+from heatkv_cli.config.compose import compose
+from heatkv_cli.config.groups import GROUPS, catalogue, choices, conf_dir
+from heatkv_cli.config.settings import (
+    BenchmarkConfig,
+    Experiment,
+    MethodConfig,
+    MetricConfig,
+    ModelConfig,
+    Plan,
+    RunConfig,
+    RuntimeConfig,
+    Sampling,
+    WeightFile,
+    Weights,
+    config_hash,
+)
+from heatkv_cli.config.sweep import PATH_KEYS
+from heatkv_cli.config.typed import build, build_leaf
+
+__all__ = [
+    "GROUPS",
+    "PATH_KEYS",
+    "BenchmarkConfig",
+    "Experiment",
+    "MethodConfig",
+    "MetricConfig",
+    "ModelConfig",
+    "Plan",
+    "RunConfig",
+    "RuntimeConfig",
+    "Sampling",
+    "WeightFile",
+    "Weights",
+    "build",
+    "build_leaf",
+    "catalogue",
+    "choices",
+    "compose",
+    "conf_dir",
+    "config_hash",
+]

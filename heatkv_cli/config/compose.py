@@ -1,0 +1,396 @@
+"""Overrides in, a typed plan out: the only place that meets Hydra and OmegaConf.
+
+Hydra supplies the grammar (in `sweep.py`) and the composition of the YAML groups; what a user can get wrong is checked
+here first, so that all errors come at once and each says which word was probably meant. No DictConfig leaves this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from heatkv_cli.config.groups import GROUPS, check_choice, conf_dir, read_yaml
+from heatkv_cli.config.settings import (
+    BenchmarkConfig,
+    Experiment,
+    MethodConfig,
+    MetricConfig,
+    ModelConfig,
+    Plan,
+    RunConfig,
+)
+from heatkv_cli.config.sweep import PATH_KEYS, Axis, load_experiment, merge, parse_overrides, product, quote
+from heatkv_cli.config.typed import from_plain, join, raise_all, show
+from heatkv_cli.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CHOICES = {
+    "model": "model",
+    "method": "method",
+    "benchmark": "benchmark",
+    "runtime": "runtime",
+    "reference": "method",
+    "calibration_prompts": "benchmark",
+}
+"""Keys whose value is the name of a file, and the group it is chosen from."""
+
+_LEAVES = {"method": MethodConfig, "reference": MethodConfig, "benchmark": BenchmarkConfig}
+_FIXED = (
+    *("_target_", "name", "needs", "budgetless", "paper", "note"),
+    *("default_benchmark", "default_metrics", "calibration_prompts"),
+)
+"""Keys below a group that belong to its file: reading them from elsewhere would not be seen, or would be a lie."""
+
+
+def compose(
+    overrides: Sequence[str],
+    *,
+    command: str = "eval",
+    options: Mapping[str, str | None] | None = None,
+    dry_run: bool = False,
+) -> Plan:
+    """Return what a command line asks for.
+
+    Args:
+        overrides: as typed: `method=full,heatkv`, `budget=0.2,0.1`, `method.window=3`, `experiment=demo`.
+        command: the command that asks.
+        options: sugar: the values of `--model`, `--out`, ... by key; None where the option was not given.
+        dry_run: recorded in the plan.
+
+    Raises:
+        ConfigError: one thing is wrong.
+        ConfigErrors: several things are; all are named.
+    """
+    errors: list[ConfigError] = []
+    sugar = [
+        f"{key}={quote(value) if key in PATH_KEYS else value}"
+        for key, value in (options or {}).items()
+        if value is not None
+    ]
+    texts = (*sugar, *overrides)
+    typed = parse_overrides(texts, errors)
+    experiment, axes = _experiment(typed, errors)
+    typed = [axis for axis in typed if axis.key != "experiment"]
+    if command == "calibrate":  # its benchmark is the list of calibration prompts
+        typed = [axis.renamed("benchmark", "calibration_prompts") for axis in typed]
+    keys = [axis.key for axis in typed]
+    if {"budget", "rho"} <= set(keys):
+        errors.append(ConfigError("budget and rho are both given", "they are two names of one axis: keep one"))
+    if len(set(keys)) < len(keys):
+        errors.append(
+            ConfigError("benchmark and calibration_prompts are both given", "for calibrate they are the same")
+        )
+    runs: list[RunConfig] = []
+    for assignments in product(merge(axes, typed)):
+        run = _compose_run(assignments, errors)
+        if run is not None and run not in runs:
+            runs.append(run)
+    raise_all(errors)
+    if not runs:
+        raise ConfigError("there is nothing to run", "an axis of the sweep is empty")
+    asked = {str(value) for axis in typed if axis.key in ("budget", "rho") for ((_, value),) in axis.points}
+    if asked - {"1", "1.0"} and all(run.method.budgetless for run in runs):
+        name = runs[0].method.name
+        raise ConfigError(
+            f"method={name} has no budget: it keeps everything", f"leave the budget away with method={name}"
+        )
+    return Plan(command, tuple(runs), texts, experiment, dry_run)
+
+
+def _experiment(typed: Sequence[Axis], errors: list[ConfigError]) -> tuple[Experiment | None, list[Axis]]:
+    names = [value for axis in typed if axis.key == "experiment" for ((_, value),) in axis.points]
+    if len(names) > 1:
+        errors.append(ConfigError("experiment is a sweep", "run one experiment at a time"))
+    if not names or names[0] is None:
+        return None, []
+    return load_experiment(str(names[0]), errors)
+
+
+def _compose_run(assignments: Mapping[str, Any], errors: list[ConfigError]) -> RunConfig | None:
+    """Compose, check and type one run; append what is wrong with it, and return None then."""
+    before = len(errors)
+    chosen, unknown = _choose(assignments, errors)
+    if chosen is None:
+        return None
+    config = copy.deepcopy(_composed(chosen))
+    for key, value in assignments.items():
+        if key not in CHOICES and key != "metric" and key.partition(".")[0] not in unknown:
+            _assign(config, key, value, errors)
+    plain = _resolve(config, errors)
+    if plain is None:
+        return None
+    if "rho" in assignments:
+        plain["budget"] = None
+    elif "budget" in assignments:
+        plain["rho"] = None
+    run = _typed_run(plain, errors)
+    return run if len(errors) == before else None
+
+
+def _choose(assignments: Mapping[str, Any], errors: list[ConfigError]) -> tuple[tuple[str, ...] | None, set[str]]:
+    """Return Hydra's overrides for the chosen files, and the keys whose file does not exist (a default stands in)."""
+    names: dict[str, str] = {}
+    unknown: set[str] = set()
+    for key, group in CHOICES.items():
+        if key not in assignments:
+            continue
+        name = assignments[key]
+        if isinstance(name, (list, dict)) or name is None:
+            errors.append(
+                ConfigError(f"{key} is {show(name)}", f"{key} is one name; a sweep is a comma list: {key}=a,b")
+            )
+            unknown.add(key)
+        elif _check(errors, group, str(name), key):
+            names[key] = str(name)
+        else:
+            unknown.add(key)
+    try:
+        model = read_yaml("model", names.get("model", _default_model()))
+        for key, default in (("benchmark", "default_benchmark"), ("calibration_prompts", "calibration_prompts")):
+            if key not in names:
+                names[key] = str(model.get(default))
+                check_choice(CHOICES[key], names[key], f"model.{default}")
+        metrics = assignments.get("metric")
+        if metrics is None:
+            metrics = read_yaml("benchmark", names["benchmark"]).get("default_metrics") or []
+    except ConfigError as error:
+        errors.append(error)
+        return None, unknown
+    metrics = [str(name) for name in metrics if _check(errors, "metric", str(name), "metric")]
+    if len(metrics) != len(set(metrics)):
+        errors.append(ConfigError(f"metric={','.join(metrics)} names a metric twice", "name each metric once"))
+    swapped = {"reference": "method@reference", "calibration_prompts": "benchmark@calibration_prompts"}
+    texts = [f"{swapped.get(key, key)}={name}" for key, name in names.items()]
+    return (*texts, *(f"+metric@metric.{name}={name}" for name in dict.fromkeys(metrics))), unknown
+
+
+def _check(errors: list[ConfigError], group: str, name: str, key: str) -> bool:
+    try:
+        check_choice(group, name, key)
+    except ConfigError as error:
+        errors.append(error)
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def _default_model() -> str:
+    import yaml
+
+    content = yaml.safe_load((conf_dir() / "config.yaml").read_text(encoding="utf-8"))
+    return str(next(entry["model"] for entry in content["defaults"] if isinstance(entry, dict) and "model" in entry))
+
+
+@lru_cache(maxsize=64)
+def _composed(chosen: tuple[str, ...]) -> dict[str, Any]:
+    """Compose the YAML files, interpolations unresolved. What fails here is a fault in conf/, not in what was typed."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()), job_name="heatkv"):
+            return _plain(hydra_compose(config_name="config", overrides=list(chosen)), resolve=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot compose {conf_dir()}: {error}", "correct the YAML files") from error
+
+
+def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigError]) -> None:
+    """Set one key that exists; append an error with a suggestion where it does not."""
+    *path, last = key.split(".")
+    node: Any = config
+    for depth, part in enumerate((*path, last)):
+        where = ".".join(path[:depth])
+        owner = f" of {_owner(config, path[0])}" if depth else ""
+        if not isinstance(node, dict):
+            errors.append(ConfigError(f"unknown key '{key}'{owner}", f"'{where}' is a single value"))
+            return
+        if depth and part in _FIXED and part in node:
+            errors.append(
+                ConfigError(f"'{key}' cannot be set", f"it belongs to the file of{owner[3:]}: choose another")
+            )
+            return
+        if part not in node:
+            known = [join(where, name) for name in node if not (depth and name in _FIXED)]
+            known += [] if depth else [group for group in GROUPS if group not in known]
+            wrong = join(where, part)
+            errors.append(ConfigError(f"unknown key '{wrong}'{owner}", did_you_mean(wrong, known)))
+            return
+        if depth < len(path):
+            node = node[part]
+    node[last] = value
+
+
+def _owner(config: Mapping[str, Any], group: str) -> str:
+    content = config.get(group)
+    name = content.get("name") if group in CHOICES and isinstance(content, dict) else None
+    return f"{group}={name}" if name else group
+
+
+def _resolve(config: dict[str, Any], errors: list[ConfigError]) -> dict[str, Any] | None:
+    """Replace the interpolations; None, and an error each, where a value is still missing."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        node = OmegaConf.create(config)
+        missing = sorted(OmegaConf.missing_keys(node))
+        errors += [ConfigError(f"'{key}' has no value", f"add {key}=...") for key in missing]
+        return None if missing else _plain(node)
+    except OmegaConfBaseException as error:
+        errors.append(ConfigError(f"config: {str(error).splitlines()[0]}", "set the value it needs"))
+        return None
+
+
+def _plain(node: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(node, resolve=resolve)
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+
+
+def _typed_run(plain: dict[str, Any], errors: list[ConfigError]) -> RunConfig | None:
+    """Turn plain values into a RunConfig; numbers, names and budgets are checked here and nowhere else."""
+    values = dict(plain)
+    for key, cls in _LEAVES.items():
+        values[key] = _leaf(cls, values[key])
+    values["calibration_prompts"] = _leaf(BenchmarkConfig, values["calibration_prompts"])
+    values["metrics"] = [{"name": name} | _leaf(MetricConfig, item) for name, item in values.pop("metric").items()]
+    values["model"] = _renamed(values["model"])
+    values["limit"] = _limit(values["limit"], errors)
+    values["shard"] = _shard(values["shard"], errors)
+    model = from_plain(ModelConfig, values["model"], "model", errors)
+    if model is not None:
+        _check_model(model, errors)
+        values["model"] = model
+    _set_budget(values, model, errors)
+    if model is None:
+        return None
+    run = from_plain(RunConfig, values, "", errors)
+    if run is not None:
+        _check_run(run, errors)
+    return run
+
+
+def _renamed(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {"target" if key == "_target_" else key: value for key, value in content.items()}
+
+
+def _leaf(cls: type, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Sort the keys of a leaf's YAML: those the dataclass knows, and all others as `params` of its target."""
+    fields = {field.name for field in dataclasses.fields(cls)} - {"params"}
+    content = _renamed(content)
+    known = {key: str(value) if key == "version" else value for key, value in content.items() if key in fields}
+    return {**known, "params": {key: value for key, value in content.items() if key not in fields}}
+
+
+def _limit(value: Any, errors: list[ConfigError]) -> int | None:
+    if value == "all":
+        return None
+    if value is None or (type(value) is int and value > 0):
+        return value
+    errors.append(ConfigError(f"limit is {show(value)}", "limit=64 takes the first 64 prompts, limit=all takes all"))
+    return None
+
+
+def _shard(value: Any, errors: list[ConfigError]) -> tuple[int, int]:
+    index, _, count = str(value).partition("/")
+    if index.isdecimal() and count.isdecimal() and int(index) < int(count):
+        return int(index), int(count)
+    errors.append(ConfigError(f"shard is {show(value)}", "shard=0/4 is the first of four, shard=3/4 the last"))
+    return 0, 1
+
+
+def _set_budget(values: dict[str, Any], model: ModelConfig | None, errors: list[ConfigError]) -> None:
+    """Write the canonical budget text, so that one budget has one hash and one folder however it was typed."""
+    from heatkv_cli.core.budget import Budget
+    from heatkv_cli.core.scales import ScaleSchedule
+
+    budget, rho = values["budget"], values["rho"]
+    try:
+        if rho is not None:
+            values["budget"] = None
+            if model is not None:
+                Budget.from_rho(_number(rho), ScaleSchedule(model.sizes))
+        else:
+            values["budget"] = budget_text(Budget.parse(_number(budget)).ratio)
+    except ConfigError as error:
+        errors.append(error)
+        values["budget"], values["rho"] = "1", None  # said once: the types of the rest are checked all the same
+    if values["method"].get("budgetless") is True:
+        values["budget"], values["rho"] = "1", None
+
+
+def _number(value: Any) -> str | float:
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+def budget_text(ratio: Fraction) -> str:
+    """Return the one way in which a ratio is written: a decimal where it is finite, else a fraction.
+
+    >>> budget_text(Fraction(1, 10)), budget_text(Fraction(21, 6425)), budget_text(Fraction(1))
+    ('0.1', '21/6425', '1')
+    """
+    rest = ratio.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    if rest != 1:
+        return str(ratio)
+    with localcontext() as context:
+        context.prec = 200
+        text = format(Decimal(ratio.numerator) / Decimal(ratio.denominator), "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _check_model(model: ModelConfig, errors: list[ConfigError]) -> None:
+    name = f"model={model.name}"
+    if model.resolution not in model.resolutions:
+        hint = did_you_mean(model.resolution, list(model.resolutions))
+        errors.append(ConfigError(f"{name} has no resolution '{model.resolution}'", hint))
+        return
+    count = len(model.sizes)
+    if min(model.num_layers, model.num_heads, model.head_dim, *(side for size in model.sizes for side in size)) < 1:
+        errors.append(ConfigError(f"{name}: dimensions and scales must be positive", "correct the model's YAML"))
+    if not 1 <= model.sink_scales < count:
+        errors.append(
+            ConfigError(f"model.sink_scales is {model.sink_scales}", f"{name} has {count} scales: 1 to {count - 1}")
+        )
+    if any(not 0 <= scale < count for scale in model.layout_scales):
+        hint = f"{name} has the scales 0 to {count - 1}"
+        errors.append(ConfigError(f"model.layout_scales is {list(model.layout_scales)}", hint))
+    for key in ("cfg", "tau"):
+        value = getattr(model.sampling, key)
+        if isinstance(value, tuple) and len(value) != count:
+            message = f"model.sampling.{key} has {len(value)} values"
+            errors.append(
+                ConfigError(message, f"{name} has {count} scales at {model.resolution}: one value, or {count}")
+            )
+
+
+def _check_run(run: RunConfig, errors: list[ConfigError]) -> None:
+    runtime = run.runtime
+    for key, value in (("batch_size", runtime.batch_size), ("threads", runtime.threads)):
+        if value is not None and value < 1:
+            errors.append(ConfigError(f"runtime.{key} is {value}", f"it is at least 1: runtime.{key}=1"))
+    if run.seed_mode == "paper" and runtime.batch_size != 1:
+        errors.append(
+            ConfigError(
+                f"seed_mode=paper draws one image at a time, runtime.batch_size is {runtime.batch_size}",
+                "add runtime.batch_size=1",
+            )
+        )
+    if run.contact_sheet < 0:
+        errors.append(
+            ConfigError(f"contact_sheet is {run.contact_sheet}", "the number of prompts shown; 0 for no sheet")
+        )

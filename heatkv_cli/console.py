@@ -1,0 +1,306 @@
+"""What the user sees: results on stdout, everything else on stderr, and all of it in run.log.
+
+The only file that knows rich. Colour and bars appear on a terminal alone (and never with NO_COLOR); elsewhere there
+are plain lines. With `--json` stdout carries exactly one JSON document.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from heatkv_cli.errors import INTERRUPTED, ConfigErrors, HeatKVError
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+SCHEMA = 1
+"""Version of the JSON documents; grows when a key changes its meaning."""
+
+QUIET_SECONDS = 30.0
+"""Time between two progress lines where there is no terminal."""
+
+_STYLES = {logging.DEBUG: "dim", logging.INFO: "", logging.WARNING: "yellow", logging.ERROR: "red"}
+_LOGGER = logging.getLogger("heatkv")
+
+
+@dataclass
+class Outcome:
+    """What a command is known to be, while it runs, and how it ended.
+
+    Args:
+        again: the command line that goes on with this work.
+        folder: where a trace may be written.
+        code: exit code.
+    """
+
+    again: str
+    folder: Path = field(default_factory=Path)
+    code: int = 0
+
+
+class Console:
+    """The one way out: lines, tables, progress, the JSON document.
+
+    Args:
+        as_json: tables are not printed; `result` prints the document.
+        quiet: only results, warnings and errors.
+        verbose: also details, and what libraries of ours log at debug level.
+        debug: the command shows tracebacks; recorded here for whoever asks.
+    """
+
+    def __init__(
+        self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False, debug: bool = False
+    ) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.debug = debug
+        self.log_path: Path | None = None
+        self.began = time.monotonic()
+        self.following = ""
+        self.written: list[Path] = []
+        self._answered = False
+        self._err = _rich(sys.stderr)
+        _LOGGER.setLevel(logging.DEBUG)
+        _LOGGER.propagate = False
+        _LOGGER.handlers.clear()
+        level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+        _LOGGER.addHandler(_Screen(self._err, level))
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the command began."""
+        return time.monotonic() - self.began
+
+    def log_to(self, folder: Path) -> None:
+        """Also write everything, details included, to `run.log` in a folder."""
+        path = (folder / "run.log").absolute()
+        if path == self.log_path:
+            return
+        for handler in [item for item in _LOGGER.handlers if isinstance(item, logging.FileHandler)]:
+            _LOGGER.removeHandler(handler)
+            handler.close()
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        _LOGGER.addHandler(handler)
+        self.log_path = path
+
+    def say(self, text: str) -> None:
+        """A line about what is going on."""
+        _LOGGER.info(text)
+
+    def detail(self, text: str) -> None:
+        """A line for `-v` and run.log."""
+        _LOGGER.debug(text)
+
+    def warn(self, text: str) -> None:
+        """A line that `-q` does not silence."""
+        _LOGGER.warning(f"warning: {text}")
+
+    def wrote(self, path: Path) -> None:
+        """Say where the outcome is and how long it took."""
+        self.written.append(path.absolute())
+        self.say(f"wrote {path.absolute()} ({duration(self.elapsed)})")
+
+    def next(self, command: str) -> None:
+        """Say what to type next; the last line of a command."""
+        self.following = command
+        self.say(f"next: {command}")
+
+    def error(self, error: HeatKVError) -> None:
+        """Say what is wrong and what to do: a pair of lines per error."""
+        for one in error.errors if isinstance(error, ConfigErrors) else (error,):
+            _LOGGER.error(f"error: {one.message}")
+            if one.hint:
+                _LOGGER.error(f"fix: {one.hint}")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
+        """Print a table to stdout (nothing with `--json`); numbers are set flush right."""
+        if self.as_json:
+            return
+        out = _rich(sys.stdout)
+        if title:
+            out.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+        head, *body = align(columns, rows)
+        out.print(head, style="bold", markup=False, highlight=False, soft_wrap=True)
+        for line in body:
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def result(self, document: Mapping[str, Any]) -> None:
+        """Print the JSON document of a command, when it was asked for; the first one is the only one."""
+        if self.as_json and not self._answered:
+            self._answered = True
+            sys.stdout.write(json.dumps(_strict({"schema": SCHEMA, **document}), indent=2, allow_nan=False) + "\n")
+            sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def guard(self, again: str) -> Iterator[Outcome]:
+        """Turn whatever goes wrong inside into messages, a JSON document and an exit code.
+
+        Args:
+            again: the command, until the body knows it better (`outcome.again`).
+        """
+        outcome = Outcome(again)
+        try:
+            yield outcome
+        except HeatKVError as error:
+            if self.debug:
+                traceback.print_exc()
+            self.error(error)
+            parts = error.errors if isinstance(error, ConfigErrors) else (error,)
+            self._fail(outcome, error.exit_code, [{"error": part.message, "fix": part.hint} for part in parts])
+        except KeyboardInterrupt:
+            self.warn("interrupted; what was finished is kept")
+            self.say(f"next: {outcome.again}")
+            self._fail(outcome, INTERRUPTED, [{"error": "interrupted", "fix": outcome.again}])
+        except Exception as error:
+            self._bug(error, outcome)
+
+    def _fail(self, outcome: Outcome, code: int, errors: list[dict[str, str]]) -> None:
+        outcome.code = code
+        self.result({"status": "error", "exit_code": code, "errors": errors})
+
+    def _bug(self, error: Exception, outcome: Outcome) -> None:
+        """Three lines on the screen, the trace in run.log."""
+        for folder in (outcome.folder, Path(tempfile.gettempdir())):
+            if self.log_path is None:
+                with contextlib.suppress(OSError):
+                    self.log_to(folder)
+        if self.debug:
+            traceback.print_exc()
+        what = f"unexpected {type(error).__name__}: {error}".splitlines()[0]
+        fix = "report it with the output of: heatkv doctor --json"
+        self.error(HeatKVError(what, fix))
+        self.detail(traceback.format_exc())
+        self.warn(f"the trace is in {self.log_path}" if self.log_path else "add --debug to see the trace")
+        self._fail(outcome, 1, [{"error": what, "fix": fix}])
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: int, unit: str = "img") -> Iterator[Progress]:
+        """Show how far a stage is: a bar on a terminal, elsewhere a line every 30 s.
+
+        Args:
+            label: what is done, with the method and budget.
+            total: how many units.
+            unit: of what.
+        """
+        if self.quiet or not self._err.is_terminal:
+            yield Progress(self, label, total, unit)
+            return
+        from rich import progress as bars
+
+        columns = (
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[note]}", markup=False),
+            bars.TimeRemainingColumn(),
+        )
+        with bars.Progress(*columns, console=self._err, transient=True) as bar:
+            task = bar.add_task(label, total=total, note="")
+            yield Progress(self, label, total, unit, lambda done, note: bar.update(task, completed=done, note=note))
+
+
+class Progress:
+    """How far one stage is; `advance` after each batch."""
+
+    def __init__(self, console: Console, label: str, total: int, unit: str, draw: Any = None) -> None:
+        self._console, self._label, self._total, self._unit, self._draw = console, label, total, unit, draw
+        self._done = 0
+        self._began = self._last = time.monotonic()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count units that are done; `note` is shown beside the rate (resident KV bytes, say)."""
+        self._done += count
+        now = time.monotonic()
+        rate = self._done / max(now - self._began, 1e-9)
+        shown = f"{rate:.2f} {self._unit}/s" + (f", {note}" if note else "")
+        if self._draw is not None:
+            self._draw(self._done, shown)
+        elif now - self._last >= QUIET_SECONDS:
+            self._last = now
+            left = duration((self._total - self._done) / rate)
+            self._console.say(f"{self._label}: {self._done}/{self._total}, {shown}, {left} left")
+
+
+class _Screen(logging.Handler):
+    """Log records as lines on stderr."""
+
+    def __init__(self, err: RichConsole, level: int) -> None:
+        super().__init__(level)
+        self._err = err
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = _STYLES.get(record.levelno, "")
+        self._err.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _rich(stream: TextIO) -> RichConsole:
+    from rich.console import Console as RichConsole
+
+    return RichConsole(file=stream, emoji=False)
+
+
+def align(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return header and rows as lines of equal columns, two blanks apart.
+
+    >>> align(["method", "kl"], [["full", 0.0], ["heatkv", 0.25]])
+    ['method    kl', 'full       0', 'heatkv  0.25']
+    """
+    texts = [[show(value) for value in row] for row in rows]
+    right = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    widths = [max(len(name), *(len(row[i]) for row in texts), 0) for i, name in enumerate(columns)]
+    lines = []
+    for line in (list(columns), *texts):
+        cells = [
+            text.rjust(width) if flush else text.ljust(width)
+            for text, width, flush in zip(line, widths, right, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def show(value: Any) -> str:
+    """Return a value for a table: four significant digits, a dash for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words.
+
+    >>> duration(4.21), duration(75), duration(3700)
+    ('4.2 s', '1 min 15 s', '1 h 01 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _strict(value: Any) -> Any:
+    """Return plain values that strict JSON can hold: no NaN, infinities as texts, paths as texts."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,107 @@
+"""Attention over heads that keep different numbers of tokens: never padded, never masked.
+
+Heads of a layer that keep equally many tokens form a group; a group is one `scaled_dot_product_attention` over
+[its history, the current scale]. The masked oracle computes the same from a padded dense tensor; tests hold every back
+end to it (design.md 10, tolerances). Statistics of attention are computed in chunks of queries, never as one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22  # probabilities held at once while statistics are computed: 16 MiB in float32
+
+
+@dataclass(frozen=True)
+class Group:
+    """Heads with equally long histories: `heads` in ascending order, k and v (B, G, n, D)."""
+
+    heads: Sequence[int]
+    k: Tensor
+    v: Tensor
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Iterable[Group], softmax_scale: float) -> Tensor:
+    """Attention of q over [history of each head, current k, v].
+
+    Args:
+        q, k, v: of the current scale, (B, H, N, D).
+        groups: every head in exactly one; consumed one at a time, so that only one group's copies are alive.
+        softmax_scale: factor of q k^T.
+
+    Returns:
+        (B, H, N, D) in q's dtype.
+    """
+    out: Tensor | None = None
+    for group in groups:
+        whole = len(group.heads) == q.shape[1]
+        heads = slice(None) if whole else list(group.heads)
+        keys, values = k[:, heads], v[:, heads]
+        if group.k.shape[2]:
+            keys, values = torch.cat((group.k, keys), 2), torch.cat((group.v, values), 2)
+        part = F.scaled_dot_product_attention(q[:, heads], keys, values, scale=softmax_scale)
+        if whole:
+            return part
+        out = torch.empty_like(q) if out is None else out
+        out[:, heads] = part
+    if out is None:
+        raise ValueError("grouped_attention: no groups")
+    return out
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_scale: float) -> Tensor:
+    """The oracle: dense attention with -inf where a key is not kept; float32 inside.
+
+    Args:
+        q: (B, H, Q, D).
+        k, v: padded keys and values (B, H, N, D).
+        valid: bool (B or 1, H, N); every head keeps at least one key.
+        softmax_scale: factor of q k^T.
+
+    Returns:
+        (B, H, Q, D) in q's dtype.
+    """
+    logits = q.float() @ k.float().transpose(-1, -2) * softmax_scale
+    weights = logits.masked_fill(~valid.unsqueeze(2), -torch.inf).softmax(-1)
+    return (weights @ v.float()).to(q.dtype)
+
+
+def probability_chunks(
+    q: Tensor, k: Tensor, softmax_scale: float, valid: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the attention matrix, some queries at a time.
+
+    Args:
+        q: (B, H, Q, D).
+        k: (B, H, N, D), padded where heads differ.
+        softmax_scale: factor of q k^T.
+        valid: bool (B or 1, H, N) or None when all keys are real.
+
+    Yields:
+        The queries' slice and their probabilities over the keys, float32 (B, H, q, N).
+    """
+    rows, heads, queries, _ = q.shape
+    step = max(1, CHUNK_ELEMENTS // (rows * heads * k.shape[2]))
+    keys = k.float().transpose(-1, -2)
+    for start in range(0, queries, step):
+        part = slice(start, min(start + step, queries))
+        logits = q[:, :, part].float() @ keys * softmax_scale
+        if valid is not None:
+            logits = logits.masked_fill(~valid.unsqueeze(2), -torch.inf)
+        yield part, logits.softmax(-1)
+
+
+def column_mass(q: Tensor, k: Tensor, softmax_scale: float, valid: Tensor | None = None) -> Tensor:
+    """Attention that each key receives, summed over the queries: exact, in float32.
+
+    Shapes as in `probability_chunks`; returns (B, H, N), 0 where a key is padding.
+    """
+    total = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
+    for _, weights in probability_chunks(q, k, softmax_scale, valid):
+        total += weights.sum(2)
+    return total

@@ -1,0 +1,251 @@
+"""The KV cache: what a model calls, where policies are applied, and where bytes are counted.
+
+`attend` runs a visit in a fixed order: policy before attention, attention over [history ragged per head, current scale
+dense], observers, policy after attention, pool, ledger. The last scale stores nothing, for every method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from heatkv_cli.core.attention import Group, grouped_attention, masked_attention
+from heatkv_cli.core.ledger import Ledger
+from heatkv_cli.core.policy import Keep, Observer, Policy, View, Visit
+from heatkv_cli.core.pool import KVPool
+from heatkv_cli.core.scales import Geometry
+from heatkv_cli.core.table import LayerTable
+from heatkv_cli.errors import ConfigError
+
+BACKENDS = ("grouped", "masked")
+
+
+class KVCache:
+    """KV cache of one generation.
+
+    Args:
+        geometry: of the model; its `dtype_bytes` must be those of `dtype`.
+        policy: decides what is kept; its `capacity` is the size of the pool.
+        rows: batch rows, guidance rows included.
+        cond_rows: how many of them, the first ones, are conditional.
+        dtype, device: of stored keys and values.
+        backend: `grouped`, or `masked` (the oracle: same storage, padded and masked attention).
+        observers: see every visit.
+
+    Attributes:
+        ledger: bytes, attended tokens and times.
+        pool: where the tokens are.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        policy: Policy,
+        rows: int,
+        cond_rows: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        backend: str = "grouped",
+        observers: Sequence[Observer] = (),
+    ):
+        if backend not in BACKENDS:
+            raise ConfigError(f"attention backend {backend!r} is unknown", f"one of: {', '.join(BACKENDS)}")
+        if dtype.itemsize != geometry.dtype_bytes:
+            raise ConfigError(
+                f"the cache stores {dtype} but the budget is counted in {geometry.dtype_bytes}-byte numbers",
+                "give the geometry the model's dtype",
+            )
+        self.geometry, self.policy, self.observers = geometry, policy, tuple(observers)
+        self.rows, self.cond, self.backend = rows, slice(0, cond_rows), backend
+        self.pool = KVPool(policy.capacity, rows, geometry.head_dim, dtype, device)
+        self.tables = [LayerTable.empty(geometry.num_heads) for _ in range(geometry.num_layers)]
+        self.ledger = Ledger(geometry, rows, self.pool.allocated_bytes, policy.state_bytes)
+        self.scale, self._visit = 0, None  # type: tuple[int, Visit | None]
+
+    # ------------------------------------------------------------------------------------------------ the seam
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        """Attention of one layer at the current scale, and everything that follows from it.
+
+        Args:
+            layer: 0..L-1, in order within a scale.
+            q, k, v: (B, H, N, D), exactly what attention multiplies.
+            softmax_scale: factor of q k^T.
+
+        Returns:
+            (B, H, N, D).
+
+        Raises:
+            BudgetError: the policy keeps more than its pool holds.
+        """
+        visit = Visit(layer, self.scale, q, k, v, softmax_scale, self.cond, self.geometry, self)
+        self._visit, clock = visit, perf_counter()
+        before = self.policy.before_attend(visit)
+        clock = self.ledger.spent("policy", clock)
+        y = self._attend(visit, before)
+        clock = self.ledger.spent("attention", clock)
+        for observer in self.observers:
+            observer.observe(visit)
+        clock = self.ledger.spent("observers", clock)
+        if self.scale == self.geometry.num_scales - 1:
+            self._release(layer)
+        else:
+            keeps = list(self.policy.after_attend(visit))
+            clock = self.ledger.spent("policy", clock)
+            self._store(visit, before, keeps)
+        self.ledger.visited(self.pool.used, sum(table.index_bytes for table in self.tables))
+        self.ledger.spent("pool", clock)
+        self._visit = None
+        return y
+
+    def end_scale(self) -> None:
+        """All layers have processed the current scale."""
+        self.scale += 1
+
+    # ------------------------------------------------------------------------------------------ for visits to see
+
+    def positions(self, layer: int) -> Tensor:
+        """Positions of [cache, current] (the cache alone for other layers), int32 (B or 1, H, N), -1 = padding."""
+        padded = self.tables[layer].padded_positions()
+        if self._visit is None or self._visit.layer != layer:
+            return padded
+        return torch.cat((padded, self._current_positions().expand(*padded.shape[:2], -1)), 2)
+
+    def view(self, layer: int) -> View:
+        """Copies of keys and values of [cache, current], heads padded to equal length."""
+        table, shape = self.tables[layer], self.positions(layer).shape
+        k = self.pool.k.new_zeros(self.rows, shape[1], shape[2], self.geometry.head_dim)
+        v = torch.zeros_like(k)
+        for heads, slots in table.groups():
+            if slots.numel():
+                stored_k, stored_v = self.pool.read(slots)
+                width = slots.numel() // len(heads)
+                k[:, heads, :width] = stored_k.unflatten(1, (len(heads), width))
+                v[:, heads, :width] = stored_v.unflatten(1, (len(heads), width))
+        if self._visit is not None and self._visit.layer == layer:
+            count = self._visit.k.shape[2]
+            k[:, :, -count:], v[:, :, -count:] = self._visit.k, self._visit.v
+        return View(k, v, self.positions(layer))
+
+    def _current_positions(self) -> Tensor:
+        offsets = self.geometry.schedule.offsets
+        return torch.arange(offsets[self.scale], offsets[self.scale + 1], dtype=torch.int32)
+
+    # --------------------------------------------------------------------------------------------------- attention
+
+    def _attend(self, visit: Visit, before: Keep | None) -> Tensor:
+        table, count = self.tables[visit.layer], visit.k.shape[2]
+        if before is not None:
+            return self._attend_selection(visit, self._mask_of(before))
+        lengths = [n + count for n in table.lengths]
+        self.ledger.attending(count, lengths, max(table.group_tokens(count), default=0))
+        if self.backend == "masked":
+            view = self.view(visit.layer)
+            return masked_attention(visit.q, view.k, view.v, view.valid, visit.softmax_scale)
+        return grouped_attention(visit.q, visit.k, visit.v, self._groups(table), visit.softmax_scale)
+
+    def _groups(self, table: LayerTable) -> Iterator[Group]:
+        for heads, slots in table.groups():
+            k, v = self.pool.read(slots)
+            yield Group(heads, k.unflatten(1, (len(heads), -1)) if slots.numel() else k.new_empty(self.rows, len(heads), 0, 1),
+                        v.unflatten(1, (len(heads), -1)) if slots.numel() else v)
+
+    def _attend_selection(self, visit: Visit, mask: Tensor) -> Tensor:
+        """Attention of the current queries over a choice among [cache, current]; the current keys are ragged too."""
+        view = self.view(visit.layer)
+        if self.backend == "masked":
+            return masked_attention(visit.q, view.k, view.v, mask.expand(self.rows, -1, -1), visit.softmax_scale)
+        counts = mask[0].sum(-1).tolist()
+        self.ledger.attending(visit.k.shape[2], counts, mask.shape[1] * mask.shape[2])
+        nothing = visit.k[:, :, :0], visit.v[:, :, :0]
+        groups = []
+        for count in sorted(set(counts)):
+            heads = [h for h, c in enumerate(counts) if c == count]
+            groups.append(Group(heads, *(_select(t, mask, heads, count) for t in (view.k, view.v))))
+        return grouped_attention(visit.q, *nothing, groups, visit.softmax_scale)
+
+    # ----------------------------------------------------------------------------------------------------- storage
+
+    def _release(self, layer: int) -> None:
+        self.pool.give(self.tables[layer].slots)
+        self.tables[layer] = LayerTable.empty(self.geometry.num_heads)
+
+    def _store(self, visit: Visit, before: Keep | None, keeps: Iterable[Keep]) -> None:
+        """Apply the decisions: other layers first, so that what they give back can be used here."""
+        own = before
+        for keep in keeps:
+            if keep.layer != visit.layer:
+                self._apply(keep)
+            elif own is None:
+                own = keep
+            else:
+                raise ValueError(f"layer {visit.layer} at scale {visit.scale}: more than one Keep for the same tokens")
+        self._apply(own or Keep(visit.layer, segments=torch.ones(self.geometry.num_heads, self.geometry.num_scales, dtype=torch.bool)))
+
+    def _mask_of(self, keep: Keep) -> Tensor:
+        """The decision as a bool mask (1 or B, H, N) without padding, checked."""
+        positions = self.positions(keep.layer)
+        if keep.segments is not None:
+            source = self.geometry.schedule.scale_of(positions.clamp(min=0))
+            mask = keep.segments.expand(len(positions), -1, -1).gather(2, source)
+        elif keep.mask is not None:
+            mask = (keep.mask if keep.mask.ndim == 3 else keep.mask.unsqueeze(0)).cpu()
+        else:
+            raise ValueError("Keep needs a mask or segments")
+        if mask.shape[1:] != positions.shape[1:]:
+            raise ValueError(f"Keep of layer {keep.layer}: mask {tuple(mask.shape)} for tokens {tuple(positions.shape)}")
+        mask = mask & (positions >= 0)
+        counts = mask.sum(-1)
+        if not bool((counts == counts[:1]).all()):
+            raise ValueError(f"Keep of layer {keep.layer}: rows keep different numbers of tokens in a head")
+        return mask
+
+    def _apply(self, keep: Keep) -> None:
+        mask = self._mask_of(keep)
+        if len(mask) == 1 and self.tables[keep.layer].shared and keep.k is None:
+            self._drop_and_append(keep.layer, mask[0])
+        else:
+            self._rewrite(keep, mask)
+
+    def _drop_and_append(self, layer: int, mask: Tensor) -> None:
+        """The same tokens leave in every row: their slots are given back, nothing moves."""
+        table, width = self.tables[layer], max(self.tables[layer].lengths)
+        table, dropped = table.filtered(mask[:, :width])
+        self.pool.give(dropped)
+        current = mask[:, width:]
+        if current.any():
+            slots = self.pool.take(int(current.sum()))
+            visit = self._visit
+            assert visit is not None  # only the visiting layer has a current scale
+            if bool(current.all()):
+                k, v = visit.k.flatten(1, 2), visit.v.flatten(1, 2)
+            else:
+                chosen = current.to(visit.k.device)
+                k, v = visit.k[:, chosen], visit.v[:, chosen]
+            self.pool.write(slots, k, v)
+            table = table.appended(slots, self._current_positions(), current)
+        self.tables[layer] = table
+
+    def _rewrite(self, keep: Keep, mask: Tensor) -> None:
+        """Rows keep different tokens, or tokens were merged: what is kept is compacted into the head's own slots."""
+        view = self.view(keep.layer)
+        mask = mask.expand(self.rows, -1, -1)
+        counts = mask[0].sum(-1).tolist()
+        positions = view.positions.expand(self.rows, -1, -1)
+        parts = [_select(t, mask, range(len(counts)), None) for t in (
+            view.k if keep.k is None else keep.k, view.v if keep.v is None else keep.v)]
+        old = self.tables[keep.layer].slots
+        self.pool.give(old)
+        slots = self.pool.take(sum(counts))
+        self.pool.write(slots, *parts)
+        self.tables[keep.layer] = LayerTable(tuple(counts), slots, positions[mask].view(self.rows, -1))
+
+
+def _select(x: Tensor, mask: Tensor, heads: Iterable[int], count: int | None) -> Tensor:
+    """Kept tokens of some heads: (B, H, N, D) -> (B, G, count, D), or (B, sum of counts, D) when counts differ."""
+    chosen = list(heads)
+    kept = x[:, chosen][mask.expand(len(x), -1, -1)[:, chosen].to(x.device)]
+    return kept.view(len(x), -1, x.shape[-1]) if count is None else kept.view(len(x), len(chosen), count, x.shape[-1])

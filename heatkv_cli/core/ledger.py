@@ -1,0 +1,87 @@
+"""What a generation cost: bytes by the definitions of design.md 5, attended tokens, and time per stage."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from heatkv_cli.core.scales import Geometry
+
+
+@dataclass
+class Ledger:
+    """Peaks of one generation, updated after every visit.
+
+    Args:
+        geometry: of the model, for the denominator.
+        rows: batch rows.
+        pool_bytes: allocated bytes of the pool.
+        state_bytes: per stored token of one head and one row, beside K and V.
+
+    Attributes:
+        live_peak, work_peak, meta_peak: bytes.
+        attended_tokens: keys seen by the heads of one row, summed over all visits and heads.
+        seconds: per stage: `policy`, `attention`, `observers`, `pool`. Host time; on a GPU kernels run behind it.
+    """
+
+    geometry: Geometry
+    rows: int
+    pool_bytes: int
+    state_bytes: int = 0
+    live_peak: int = 0
+    work_peak: int = 0
+    meta_peak: int = 0
+    attended_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    used_slots: int = 0
+
+    @property
+    def token_bytes(self) -> int:
+        """Persistent bytes of one slot: K, V and the method's state, all rows."""
+        return self.rows * (self.geometry.bytes_per_token + self.state_bytes)
+
+    @property
+    def alloc_bytes(self) -> int:
+        """Allocated persistent bytes: the pool, and the method's state for as many tokens."""
+        capacity = self.pool_bytes // (self.rows * self.geometry.bytes_per_token)
+        return self.pool_bytes + capacity * self.rows * self.state_bytes
+
+    def attending(self, current: int, keys: Sequence[int], copied: int) -> None:
+        """A visit's attention is about to run.
+
+        Args:
+            current: tokens of the current scale, per head.
+            keys: keys that each head attends to.
+            copied: the most tokens (heads x keys) that attention copies at once.
+        """
+        self.attended_tokens += sum(keys)
+        transient = (self.geometry.num_heads * current + copied) * self.rows * self.geometry.bytes_per_token
+        self.work_peak = max(self.work_peak, self.alloc_bytes + transient)
+
+    def visited(self, used_slots: int, index_bytes: int) -> None:
+        """A visit is over: `used_slots` are taken, tables of `index_bytes` describe them."""
+        self.used_slots = used_slots
+        self.live_peak = max(self.live_peak, used_slots * self.token_bytes)
+        self.meta_peak = max(self.meta_peak, index_bytes)
+
+    def spent(self, stage: str, since: float) -> float:
+        """Book the time since `since` on a stage; returns now."""
+        now = perf_counter()
+        self.seconds[stage] += now - since
+        return now
+
+    def ratios(self) -> dict[str, float]:
+        """beta_live, beta_alloc, beta_work, beta_meta, and attended tokens as a number and a share of full's."""
+        full = self.geometry.full_bytes(self.rows)
+        schedule = self.geometry.schedule
+        everything = self.geometry.heads * sum(schedule.offsets[1:])
+        return {
+            "beta_live": self.live_peak / full,
+            "beta_alloc": self.alloc_bytes / full,
+            "beta_work": self.work_peak / full,
+            "beta_meta": self.meta_peak / full,
+            "attended_tokens": self.attended_tokens,
+            "attended_ratio": self.attended_tokens / everything,
+        }

@@ -1,0 +1,168 @@
+"""The contracts between the cache and what decides: Method -> Policy -> Keep, and Observer.
+
+A method is the paper: its parameters, and how budget and calibration become a plan. A policy is that plan at work in
+one generation: it sees each visit and answers with what to keep. It never touches storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from heatkv_cli.core.artifacts import Orders, Schedule
+from heatkv_cli.core.attention import column_mass
+from heatkv_cli.core.budget import Budget
+from heatkv_cli.core.scales import Geometry
+
+
+@dataclass(frozen=True)
+class View:
+    """Tokens of one layer, heads side by side.
+
+    Shapes: k, v (B, H, N, D); positions int32 (B or 1, H, N), the index of a token in the whole sequence and -1 where
+    a shorter head is padded. Columns are [cache, current]; the current scale's tokens are the last ones.
+    """
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """bool (B or 1, H, N): real tokens."""
+        return self.positions >= 0
+
+
+class Candidates(Protocol):
+    """Where a visit gets its view from; the cache."""
+
+    def view(self, layer: int) -> View:
+        """Stored tokens of a layer, for the visiting layer followed by the current scale."""
+        ...
+
+    def positions(self, layer: int) -> Tensor:
+        """Positions alone: no keys or values are read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Layer `layer` processing scale `scale`.
+
+    Shapes: q, k, v (B, H, N, D) of the current scale, exactly what attention multiplies (normalised, rotated).
+    `cond`: the conditional rows; the others are guidance.
+    """
+
+    layer: int
+    scale: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    softmax_scale: float
+    cond: slice
+    geometry: Geometry
+    cache: Candidates
+
+    def view(self) -> View:
+        """[cache, current] of this layer, copied together; for methods that look at keys."""
+        return self.cache.view(self.layer)
+
+    def positions(self) -> Tensor:
+        """int32 (B or 1, H, N) of [cache, current]; see `View`."""
+        return self.cache.positions(self.layer)
+
+    def column_mass(self, queries: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+        """Attention received by each token of [cache, current], summed over queries; float32 (rows, H, N).
+
+        Args:
+            queries: long (n,), indices of the current scale's queries; None is all of them.
+            rows: batch rows.
+        """
+        view = self.view()
+        q = self.q[rows] if queries is None else self.q[rows][:, :, queries]
+        valid = view.valid if len(view.positions) == 1 else view.valid[rows]
+        return column_mass(q, view.k[rows], self.softmax_scale, valid)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What stays of one layer's tokens: exactly one of `mask` and `segments`.
+
+    Args:
+        layer: any layer.
+        mask: bool (H, N), the same for all rows, or (B, H, N) with equally many kept tokens per head in every row;
+            columns as in `View`. For the visiting layer they include the current scale, for others the cache alone.
+        segments: bool (H, K) by source scale: whole atoms, no look at tokens needed.
+        k, v: (B, H, N, D) that replace keys and values of the kept tokens (merging methods).
+    """
+
+    layer: int
+    mask: Tensor | None = None
+    segments: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
+class Policy:
+    """Decisions of one generation. The default keeps everything.
+
+    Args:
+        capacity: token slots (one head, all rows) that the plan needs at its peak.
+        state_bytes: bytes the policy stores per kept token of one head and one row, charged to the budget.
+    """
+
+    def __init__(self, capacity: int, state_bytes: int = 0):
+        self.capacity, self.state_bytes = capacity, state_bytes
+
+    def before_attend(self, visit: Visit) -> Keep | None:
+        """Choose among [cache, current] before attention: only what is kept is attended, and later stored."""
+        return None
+
+    def after_attend(self, visit: Visit) -> Iterable[Keep]:
+        """Choose after attention what is stored, for this layer or any other. Not asked at the last scale."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: a frozen dataclass whose fields are the paper's parameters.
+
+    Class attributes:
+        scheduled: the method runs a precomputed `Schedule`, made by `build_schedule`.
+    """
+
+    scheduled: ClassVar[bool] = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether `build_schedule` needs the calibration's orders; without, it works from the geometry alone."""
+        return False
+
+    def build_schedule(self, geometry: Geometry, budget: Budget, orders: Orders | None) -> Schedule:
+        """Plan ahead of any image.
+
+        Args:
+            geometry, budget: what to plan for.
+            orders: removal orders, of a calibration or of a file; None unless `calibrated`.
+
+        Raises:
+            BudgetError: the budget is too small for the method.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no schedule")
+
+    def policy(self, geometry: Geometry, budget: Budget, schedule: Schedule | None, rows: int) -> Policy:
+        """A fresh policy for one generation of `rows` batch rows.
+
+        Raises:
+            BudgetError: the budget is too small for the method.
+        """
+        raise NotImplementedError
+
+
+class Observer(Protocol):
+    """Sees every visit right after its attention, the last scale's included; changes nothing."""
+
+    def observe(self, visit: Visit) -> None: ...

@@ -1,0 +1,93 @@
+"""Which slots hold which tokens of one layer. Host-side index arithmetic; no keys or values here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """Stored tokens of a layer, head after head, without padding.
+
+    Args:
+        lengths: tokens of each head, (H,).
+        slots: int32 (sum of lengths,), shared by all rows.
+        positions: int32 (1 or rows, sum of lengths), index of each token in the whole sequence; one row where all
+            batch rows hold the same tokens.
+    """
+
+    lengths: tuple[int, ...]
+    slots: Tensor
+    positions: Tensor
+
+    @classmethod
+    def empty(cls, heads: int) -> LayerTable:
+        return cls((0,) * heads, torch.empty(0, dtype=torch.int32), torch.empty(1, 0, dtype=torch.int32))
+
+    @property
+    def shared(self) -> bool:
+        """All rows hold the same tokens."""
+        return len(self.positions) == 1
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index tables: metadata, reported beside the budget."""
+        return 4 * (self.slots.numel() + self.positions.numel())
+
+    def groups(self) -> Iterator[tuple[list[int], Tensor]]:
+        """Heads of equal length and their slots (G * n,), head-major; shortest first."""
+        parts = self.slots.split(list(self.lengths))
+        for length in sorted(set(self.lengths)):
+            heads = [h for h, n in enumerate(self.lengths) if n == length]
+            slots = self.slots if len(heads) == len(parts) else torch.cat([parts[h] for h in heads])
+            yield heads, slots
+
+    def group_tokens(self, current: int) -> list[int]:
+        """Tokens (heads x keys) that attention copies together, per group, with `current` tokens after each history."""
+        return [self.lengths.count(n) * (n + current) for n in set(self.lengths) if n]
+
+    def padded_positions(self) -> Tensor:
+        """int32 (1 or rows, H, longest), -1 behind the end of shorter heads."""
+        width = max(self.lengths)
+        if min(self.lengths) == width:
+            return self.positions.view(len(self.positions), len(self.lengths), width)
+        padded = torch.full((len(self.positions), len(self.lengths), width), -1, dtype=torch.int32)
+        padded[:, self._occupied(width)] = self.positions
+        return padded
+
+    def _occupied(self, width: int) -> Tensor:
+        return torch.arange(width) < torch.tensor(self.lengths)[:, None]
+
+    def filtered(self, keep: Tensor) -> tuple[LayerTable, Tensor]:
+        """Drop tokens. keep: bool (H, longest), padding ignored. Returns the new table and the slots given up."""
+        flat = keep[self._occupied(keep.shape[1])]
+        if bool(flat.all()):
+            return self, self.slots[:0]
+        lengths = tuple((keep & self._occupied(keep.shape[1])).sum(1).tolist())
+        return LayerTable(lengths, self.slots[flat], self.positions[:, flat]), self.slots[~flat]
+
+    def appended(self, slots: Tensor, positions: Tensor, chosen: Tensor) -> LayerTable:
+        """Add tokens of the current scale behind each head.
+
+        Args:
+            slots: int32 (number chosen,), head-major.
+            positions: int32 (N,) of the current scale.
+            chosen: bool (H, N), which of them each head stores.
+        """
+        counts: Sequence[int] = chosen.sum(1).tolist()
+        fresh = positions.expand(len(chosen), -1)[chosen].expand(len(self.positions), -1)
+        return LayerTable(
+            tuple(n + c for n, c in zip(self.lengths, counts, strict=True)),
+            _interleave(self.slots, self.lengths, slots, counts),
+            _interleave(self.positions, self.lengths, fresh, counts),
+        )
+
+
+def _interleave(a: Tensor, a_counts: Sequence[int], b: Tensor, b_counts: Sequence[int]) -> Tensor:
+    """Head-major merge along the last dimension: head 0 of a, head 0 of b, head 1 of a, ..."""
+    pairs = zip(a.split(list(a_counts), -1), b.split(list(b_counts), -1), strict=True)
+    return torch.cat([part for pair in pairs for part in pair], -1)

@@ -1,0 +1,223 @@
+"""Is everything there? `heatkv doctor` checks the installation, `--dry-run` shows a plan before anything is made.
+
+Called by the command line only. A failed check is a row with its fix, never an exception.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from heatkv_cli.config import Plan, RunConfig
+from heatkv_cli.console import Console
+from heatkv_cli.errors import HeatKVError
+from heatkv_cli.models.weights import find_file
+from heatkv_cli.pipeline import setup
+from heatkv_cli.results import environment
+
+NEEDED = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "torchmetrics": "torchmetrics",
+    "hydra-core": "hydra",
+    "typer": "typer",
+    "rich": "rich",
+    "safetensors": "safetensors",
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "pandas": "pandas",
+    "pillow": "PIL",
+}
+"""Distributions every installation has, and the module each is imported as."""
+
+OPTIONAL = {"open_clip_torch": ("open_clip", "clip"), "transformers": ("transformers", "image-reward")}
+"""Distributions of extras: module, and the extra that brings it."""
+
+LOW_DISK = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report; `ok` is None where nothing is wrong but something is not there."""
+
+    what: str
+    ok: bool | None
+    found: str
+    fix: str = ""
+
+
+def run(plan: Plan, ui: Console) -> dict[str, Any]:
+    """Check the installation for the model and runtime of a plan; print a table, return the report.
+
+    Returns:
+        `status` "done" or "failed", the checks, and the environment.
+    """
+    first = plan.first
+    checks = [*_software(), _device(first), *_weights(first), *_prompts(first), *_disk(first.out)]
+    marks = {True: "ok", False: "FAIL", None: "-"}
+    ui.table(("", "check", "found"), [[marks[check.ok], check.what, check.found] for check in checks])
+    failed = [check for check in checks if check.ok is False]
+    for check in failed:
+        ui.error(HeatKVError(f"{check.what}: {check.found}", check.fix))
+    ui.say(f"{len(failed)} of {len(checks)} checks failed" if failed else "everything is in place")
+    return {
+        "status": "failed" if failed else "done",
+        "model": first.model.name,
+        "checks": [asdict(check) for check in checks],
+        "environment": environment(),
+    }
+
+
+def _software() -> Iterator[Check]:
+    version = platform.python_version()
+    yield Check("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
+    for name, module in NEEDED.items():
+        found = _version(name, module)
+        yield Check(name, found is not None, found or "missing", f"pip install {name}")
+    for name, (module, extra) in OPTIONAL.items():
+        found = _version(name, module)
+        yield Check(name, True if found else None, found or f"not installed: pip install 'heatkv[{extra}]'")
+
+
+def _version(name: str, module: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def _device(run: RunConfig) -> Check:
+    import torch
+
+    if run.runtime.device == "cpu":
+        return Check("device", True, f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        return Check("device", False, "torch finds no GPU", "use runtime=cpu, or install a CUDA build of torch")
+    index, count = run.runtime.device_index, torch.cuda.device_count()
+    if index >= count:
+        return Check("device", False, f"there are {count} GPUs, none is number {index}", "set runtime.device_index=0")
+    free, total = torch.cuda.mem_get_info(index)
+    return Check("device", True, f"{torch.cuda.get_device_name(index)}, {_size(free)} of {_size(total)} free")
+
+
+def _weights(run: RunConfig) -> Iterator[Check]:
+    bundled = run.model.weights.place == "package"
+    for file in run.model.weights.files:
+        what = f"{run.model.name} {file.role}"
+        if not bundled and run.weights is None:
+            yield Check(
+                what, False, "no folder named", f"set weights=DIR or HEATKV_WEIGHTS; it comes from {file.source}"
+            )
+            continue
+        try:
+            path = find_file(run.model.name, file.name, None if bundled else run.weights, file.sha256, file.source)
+            checked = "sha256 ok" if file.sha256 else "sha256 unknown"
+            yield Check(what, True, f"{path} ({_size(path.stat().st_size)}, {checked})")
+        except HeatKVError as error:
+            yield Check(what, False, error.message.removeprefix(f"model {run.model.name}: "), error.hint)
+
+
+def _prompts(run: RunConfig) -> Iterator[Check]:
+    for leaf in dict.fromkeys((run.benchmark.name, run.calibration_prompts.name)):
+        config = run.benchmark if leaf == run.benchmark.name else run.calibration_prompts
+        try:
+            prompts, _ = setup.prompts_of(config)
+            yield Check(f"benchmark {leaf}", True, f"{len(prompts)} prompts")
+        except HeatKVError as error:
+            found = error.message.removeprefix(f"benchmark {leaf}: ")
+            yield Check(f"benchmark {leaf}", False, found, error.hint)
+
+
+def _disk(out: Path) -> Iterator[Check]:
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    writable = folder.is_dir() and os.access(folder, os.W_OK)
+    yield Check("output", writable, str(out.absolute()), "choose another folder with --out DIR")
+    free = shutil.disk_usage(folder).free
+    yield Check("disk", free > LOW_DISK, f"{_size(free)} free", "free some disk, or choose --out DIR elsewhere")
+
+
+def preview(plan: Plan, ui: Console) -> dict[str, Any]:
+    """Show what a plan would do and whether everything for it is there; nothing is written.
+
+    Returns:
+        The resolved config of every run, sizes in bytes, and under `missing` what is not there, each with its fix.
+    """
+    first = plan.first
+    checks = [_device(first), *_weights(first), *_prompts(first), *_disk(first.out)]
+    if plan.command == "build-schedule" and first.orders is not None:
+        checks = [
+            Check("orders", first.orders.is_file(), str(first.orders), "name an existing file with --orders FILE")
+        ]
+    missing = [check for check in checks if check.ok is False]
+    _show_runs(plan, ui)
+    for key, value in sorted(_flat(first.plain())):
+        ui.detail(f"  {key}: {value}")
+    ui.say("with -v also the resolved config; nothing was written" if not ui.as_json else "nothing was written")
+    for check in missing:
+        ui.error(HeatKVError(f"{check.what}: {check.found}", check.fix))
+    return {
+        "status": "planned",
+        "command": plan.command_line,
+        "runs": [
+            {**run.plain(), "kv_full_bytes": kv_bytes(run)[0], "kv_budget_bytes": kv_bytes(run)[1]} for run in plan.runs
+        ],
+        "missing": [asdict(check) for check in missing],
+    }
+
+
+def _show_runs(plan: Plan, ui: Console) -> None:
+    if plan.command == "calibrate":  # with the full cache, whatever method the runs will have
+        rows = [[run.model.name, run.calibration_prompts.name, _size(kv_bytes(run)[0])] for run in plan.runs]
+        ui.table(("model", "prompts", "KV full"), rows, title=_headline(plan))
+        return
+    rows = []
+    for run in plan.runs:
+        full, kept = kv_bytes(run)
+        params = ", ".join(f"{key}={value}" for key, value in run.method.params.items())
+        images = "all" if run.limit is None else str(run.limit)
+        rows.append([run.method.name, params, run.budget or f"rho={run.rho}", images, _size(kept), _size(full)])
+    ui.table(("method", "parameters", "budget", "prompts", "KV kept", "KV full"), rows, title=_headline(plan))
+
+
+def kv_bytes(run: RunConfig) -> tuple[int, int]:
+    """Return the bytes of the full KV cache of one batch, guidance rows included, and those the budget allows."""
+    rows = run.runtime.batch_size * (2 if setup.sampling_of(run.model).guided else 1)
+    geometry = setup.geometry_of(run.model)
+    slots = setup.budget_of(run).slots(geometry, rows)
+    return geometry.full_bytes(rows), slots * rows * geometry.bytes_per_token
+
+
+def _headline(plan: Plan) -> str:
+    first = plan.first
+    where = (
+        f"{first.model.name} at {first.model.resolution}, {first.benchmark.name}, batches of {first.runtime.batch_size}"
+    )
+    name = plan.experiment.title or plan.experiment.name if plan.experiment else plan.command
+    return f"{name}: {where} ({len(plan.runs)} {'run' if len(plan.runs) == 1 else 'runs'})"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _size(count: float) -> str:
+    power = 0
+    while count >= 1000 and power < 4:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"

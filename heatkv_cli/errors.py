@@ -1,0 +1,121 @@
+"""Every error a user can cause, each with the exit code of the command that meets it.
+
+The lowest layer: everything may import this file, it imports nothing of the package. An error says what happened and
+where (`message`) and what to type next (`hint`); the console prints them as `error: ...` and `fix: ...`. Nothing
+outside `cli.py` catches them, except to add the place where they happened.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, by the shell's convention of 128 + signal number."""
+
+
+class HeatKVError(Exception):
+    """Something went wrong that the user can understand.
+
+    Args:
+        message: what happened, and where (file, key, value).
+        hint: what to do or type next; empty when there is nothing to add.
+
+    Attributes:
+        exit_code: what the process returns when this error ends a command.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type[HeatKVError], tuple[str, str]]:
+        """Pickle with both arguments, so that an error survives a worker process."""
+        return type(self), (self.message, self.hint)
+
+
+class ConfigError(HeatKVError):
+    """The configuration, an option or an override is wrong."""
+
+    exit_code = 2
+
+
+class BudgetError(ConfigError):
+    """The budget cannot be met by this method on this model; the hint names the smallest one that can."""
+
+
+class ConfigErrors(ConfigError):  # noqa: N818 - it is several
+    """Several configuration errors, found in one pass and reported together.
+
+    Args:
+        errors: the errors, in the order in which the user typed their causes; at least one.
+
+    Raises:
+        ValueError: when `errors` is empty.
+    """
+
+    def __init__(self, errors: Iterable[ConfigError]) -> None:
+        self.errors: tuple[ConfigError, ...] = tuple(errors)
+        if not self.errors:
+            raise ValueError("ConfigErrors needs at least one error")
+        super().__init__(
+            "\n".join(error.message for error in self.errors),
+            "\n".join(error.hint for error in self.errors if error.hint),
+        )
+
+    def __reduce__(self) -> tuple[type[ConfigErrors], tuple[tuple[ConfigError, ...]]]:  # type: ignore[override]
+        """Pickle with the errors themselves."""
+        return type(self), (self.errors,)
+
+
+class SetupError(HeatKVError):
+    """A package, weights, data or a device is missing."""
+
+    exit_code = 3
+
+
+class ArtifactError(HeatKVError):
+    """A file is unreadable, or was made for another model or schedule."""
+
+    exit_code = 4
+
+
+class GPUMemoryError(HeatKVError):
+    """The device is out of memory; the hint names the next smaller batch or resolution."""
+
+    exit_code = 5
+
+
+class PartialResultError(HeatKVError):
+    """The command ended, but some images or metrics failed; the rows say which."""
+
+    exit_code = 6
+
+
+EXIT_CODES: dict[int, str] = {
+    0: "done",
+    1: "a bug in heatkv (the trace is in run.log)",
+    ConfigError.exit_code: "configuration: an option, an override, a budget",
+    SetupError.exit_code: "setup: a package, weights, data or a device is missing",
+    ArtifactError.exit_code: "artifact: a file is unreadable or made for another model",
+    GPUMemoryError.exit_code: "out of device memory",
+    PartialResultError.exit_code: "finished, but some images or metrics failed",
+    INTERRUPTED: "interrupted; the same command goes on where it stopped",
+}
+"""What each exit code means; `heatkv --help` and the README print this table."""
+
+
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
+    """Return a hint for a misspelt word: the nearest choice if one is near, and all choices.
+
+    >>> did_you_mean("heatkvv", ["full", "heatkv"])
+    "did you mean 'heatkv'? available: full, heatkv"
+    >>> did_you_mean("x", ["full", "heatkv"])
+    'available: full, heatkv'
+    """
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    available = f"available: {', '.join(choices)}" if choices else "nothing is available"
+    return f"did you mean '{near[0]}'? {available}" if near else available

@@ -1,0 +1,38 @@
+"""Control: nothing but the sink scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from heatkv_cli.core.artifacts import Schedule
+from heatkv_cli.core.budget import Budget
+from heatkv_cli.core.policy import Keep, Method, Policy, Visit
+from heatkv_cli.core.scales import Geometry
+from heatkv_cli.core.schedule import smallest_budget
+
+
+@dataclass(frozen=True)
+class Sinks(Method):
+    """Keep the sink scales in every head and drop every other scale right after its own attention.
+
+    Rule: the floor every schedule is built on; whatever a method gains, it gains over this row.
+    Source: control of ours; the sink scales are those of HeatKV (arXiv 2605.14877).
+    """
+
+    def policy(self, geometry: Geometry, budget: Budget, schedule: Schedule | None, rows: int) -> Policy:
+        """Uses C_S / P of the cache, whatever the budget allows above that."""
+        budget.require(smallest_budget(geometry), geometry, "sinks")
+        return _Sinks(geometry)
+
+
+class _Sinks(Policy):
+    def __init__(self, geometry: Geometry):
+        super().__init__(capacity=geometry.heads * geometry.sink_tokens)
+        scales = torch.arange(geometry.num_scales) < geometry.sink_scales
+        self._segments = scales.expand(geometry.num_heads, -1)
+
+    def after_attend(self, visit: Visit) -> Iterable[Keep]:
+        return (Keep(visit.layer, segments=self._segments),)

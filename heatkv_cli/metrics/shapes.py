@@ -1,0 +1,187 @@
+"""The shapes score: is the picture of tiny's world what its prompt asks for, by GenEval's rules and an exact detector.
+
+Also holds the palette of that world, from which ``scripts/shapes_world.py`` draws. The detector is right on every
+picture of a scene (tests); on generated pictures it never abstains: every coloured blob is one of the three shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from heatkv_cli.errors import ArtifactError, ConfigError
+from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, paired_difference
+from heatkv_cli.metrics.decisions import Detection, Rules, decide
+from heatkv_cli.metrics.intervals import bootstrap_interval
+
+PALETTE: dict[str, tuple[float, float, float]] = {
+    "red": (0.86, 0.12, 0.12),
+    "green": (0.13, 0.65, 0.20),
+    "blue": (0.15, 0.25, 0.90),
+    "yellow": (0.95, 0.85, 0.10),
+    "purple": (0.60, 0.15, 0.75),
+    "orange": (1.00, 0.50, 0.05),
+}
+"""Object colours, RGB in [0, 1]."""
+GROUNDS: dict[str, tuple[float, float, float]] = {
+    "white": (0.97, 0.97, 0.97),
+    "gray": (0.60, 0.60, 0.62),
+    "black": (0.06, 0.06, 0.08),
+}
+"""Colours of the flat background, RGB in [0, 1]; none has a chroma, by which objects are told from it."""
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
+TASKS: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+"""GenEval's tasks, in its order."""
+
+_COLOUR_NAMES = list(PALETTE)
+_COLOURS = np.array(list(PALETTE.values()))
+
+
+def detect(image: Image, min_chroma: float = 0.28, min_area: float = 0.012) -> list[Detection]:
+    """Find the objects of a picture.
+
+    Rule: pixels whose largest and smallest channel differ by more than ``min_chroma`` are foreground; its
+    4-connected components above ``min_area`` are the objects. Colour: the palette colour nearest to most of the
+    pixels. Shape: the template, stretched to the component's bounding box, with the largest IoU, which is the score.
+
+    Args:
+        image: (H, W, 3), 8 bit.
+        min_chroma: in [0, 1].
+        min_area: share of the picture's area.
+    """
+    rgb = image.astype(np.float64) / 255
+    labels, number = ndimage.label(rgb.max(2) - rgb.min(2) > min_chroma)
+    nearest = ((rgb[:, :, None] - _COLOURS) ** 2).sum(3).argmin(2)
+    found: list[Detection] = []
+    for label, (rows, columns) in enumerate(ndimage.find_objects(labels, number), start=1):
+        mask = labels[rows, columns] == label
+        if mask.sum() < min_area * labels.size:
+            continue
+        overlaps = [_iou(mask, template) for template in _templates(*mask.shape)]
+        best = int(np.argmax(overlaps))
+        votes = np.bincount(nearest[rows, columns][mask], minlength=len(_COLOURS))
+        box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
+        found.append(Detection(SHAPES[best], box, overlaps[best], _COLOUR_NAMES[int(votes.argmax())]))
+    return found
+
+
+def _templates(height: int, width: int) -> list[NDArray[np.bool_]]:
+    """Each of ``SHAPES`` filling a (height, width) box."""
+    y = (np.arange(height)[:, None] + 0.5) / height
+    x = (np.arange(width)[None] + 0.5) / width
+    circle = (x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.25
+    return [circle, np.ones((height, width), dtype=np.bool_), np.abs(x - 0.5) * 2 < y]
+
+
+def _iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+@dataclass(frozen=True)
+class ShapesScore:
+    """Share of pictures that show what was asked, unweighted mean over GenEval's six tasks.
+
+    Rule: ``decisions.decide`` on ``detect``. The interval resamples prompts within tasks. Variants give the accuracy
+    of each task; with a short ``--limit`` the mean is over the tasks that occur, and ``extra['tasks']`` counts them.
+
+    Differs: ``strict`` (default) also wants exactly as many objects as were asked for, in every task, where GenEval
+    ignores surplus objects of a class nobody excluded; counting and attribution name colours and positions are
+    between coloured objects; detector thresholds are 0, since this detector has no false alarms to filter.
+
+    Args:
+        strict: see above.
+        threshold, counting_threshold, max_objects, nms_threshold, position_threshold, direction_threshold: constants
+            of ``decisions.Rules``.
+        min_chroma, min_area: of ``detect``.
+        resamples, confidence, seed: of the bootstrap.
+    """
+
+    strict: bool = True
+    threshold: float = 0.0
+    counting_threshold: float = 0.0
+    max_objects: int = 16
+    nms_threshold: float = 1.0
+    position_threshold: float = 0.1
+    direction_threshold: float = 0.5
+    min_chroma: float = 0.28
+    min_area: float = 0.012
+    resamples: int = 10_000
+    confidence: float = 0.95
+    seed: int = 0
+    name: ClassVar[str] = "shapes"
+    version: ClassVar[str] = "1"
+    unit: ClassVar[str] = "fraction"
+    higher_is_better: ClassVar[bool] = True
+    kind: ClassVar[Kind] = "prompt"
+    needs: ClassVar[Pass] = "free"
+
+    @property
+    def rules(self) -> Rules:
+        """Constants of the judgement."""
+        return Rules(
+            threshold=self.threshold,
+            counting_threshold=self.counting_threshold,
+            max_objects=self.max_objects,
+            nms_threshold=self.nms_threshold,
+            position_threshold=self.position_threshold,
+            direction_threshold=self.direction_threshold,
+            strict=self.strict,
+        )
+
+    def score(self, sample: Sample) -> Score:
+        """1 if the picture shows what was asked, else 0; the note says what is wrong.
+
+        Raises:
+            ConfigError: the prompt has no ``tag`` and ``include``.
+            ArtifactError: the sample has no image.
+        """
+        if "tag" not in sample.meta or not sample.meta.get("include"):
+            raise ConfigError(
+                f"metric shapes: prompt {sample.prompt_id} has no 'tag' and 'include' to be judged by",
+                "use benchmark=shapes, or leave shapes out of the metrics",
+            )
+        if sample.image is None:
+            raise ArtifactError(f"metric shapes: prompt {sample.prompt_id} has no image", "run 'heatkv generate' first")
+        decision = decide(detect(sample.image, self.min_chroma, self.min_area), sample.meta, self.rules)
+        task = str(sample.meta["tag"])
+        return Score(sample.prompt_id, sample.index, float(decision.correct), stratum=task, note=decision.reason)
+
+    def summarise(self, scores: Sequence[Score], baseline: Sequence[Score] | None = None) -> list[Value]:
+        """Mean over tasks (headline) and the accuracy of each task.
+
+        Raises:
+            ValueError: no scores.
+        """
+        tasks = [task for task in TASKS if any(s.stratum == task for s in scores)]
+        tasks += sorted({s.stratum for s in scores} - set(tasks))
+        by_task = [(task, [s for s in scores if s.stratum == task]) for task in tasks]
+        return [
+            self._value("", scores, baseline, {"tasks": len(tasks)}),
+            *(self._value(task, chosen, baseline, {}) for task, chosen in by_task),
+        ]
+
+    def _value(
+        self, variant: str, scores: Sequence[Score], baseline: Sequence[Score] | None, extra: dict[str, float]
+    ) -> Value:
+        interval = bootstrap_interval(
+            [s.value for s in scores],
+            [s.prompt_id for s in scores],
+            strata=[s.stratum for s in scores],
+            resamples=self.resamples,
+            confidence=self.confidence,
+            seed=self.seed,
+        )
+        difference = paired_difference(
+            scores,
+            baseline,
+            resamples=self.resamples,
+            confidence=self.confidence,
+            seed=self.seed,
+            stratified=True,
+        )
+        return Value.of(variant, interval, extra | difference)

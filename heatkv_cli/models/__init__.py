@@ -1,0 +1,1 @@
+"""One family = one file or folder; a model knows `cache.attend` and `cache.end_scale`, and no method."""

@@ -1,0 +1,323 @@
+"""Infinity's transformer, for any size, under official state-dict names.
+
+Source: FoundationVision/Infinity @ 4c27bbb (`infinity/models/infinity.py`, `basic.py`), checked against golden vectors.
+Every self-attention is one call of `Attend.attend`: a KV cache while generating, whole-sequence attention in training.
+
+Precision: linear layers run in the dtype of their weights, norms, softmax temperatures, rotations and the residual
+stream in float32. Differs: upstream's CUDA autocast keeps the residual in bf16 up to the first cross-attention of a
+scale; here it is float32 throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heatkv_cli.models.infinity.rope import rotate
+from heatkv_cli.models.infinity.tokenizer import Codes
+
+NORM_EPS = 1e-6
+MAX_LOG_SCALE = math.log(100)
+LEVELS = 15  # rows of the official level embedding
+
+
+class Attend(Protocol):
+    """What a block asks for: attention of q, k, v (B, H, N, D) of one layer, over whatever came before and N itself."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class InfinityConfig:
+    """Shape of the transformer.
+
+    Args:
+        depth, width, heads: L, C, H.
+        block_chunks: number of groups the blocks are named in (`block_chunks.{i}.module.{j}`).
+        codes: bits of a latent position and packing of positions into tokens.
+        text_channels, text_length: width of the text features and rows of the learned unconditional text.
+        level_embed_once: add the level embedding before the first block only, else before every chunk.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    block_chunks: int
+    codes: Codes
+    text_channels: int = 2048
+    text_length: int = 512
+    level_embed_once: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """FFN width: 4 C rounded half to even to a multiple of 256."""
+        return round(self.width * 4 / 256) * 256
+
+    @property
+    def pool_heads(self) -> int:
+        return self.text_channels // (128 if self.width <= 4096 else 64)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text features of a batch of rows, padded: features (R, M, Ct), lengths (R,)."""
+
+    features: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, rows: Sequence[Tensor]) -> Text:
+        """From one (L_i, Ct) tensor a row."""
+        return cls(nn.utils.rnn.pad_sequence(list(rows), batch_first=True), tuple(len(r) for r in rows))
+
+    def mask(self) -> Tensor | None:
+        """Additive-free boolean mask (R, 1, 1, M), or None when every row fills the width."""
+        if min(self.lengths) == self.features.shape[1]:
+            return None
+        lengths = torch.tensor(self.lengths, device=self.features.device)
+        return (torch.arange(self.features.shape[1], device=lengths.device) < lengths[:, None])[:, None, None]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """All that the text decides, computed once per image.
+
+    Shapes: sos (R, C); ada (R, 1, 6, C); head (R, 1, 2, C); text (R, M, C) projected features; mask (R, 1, 1, M) or
+    None; cross: per layer the cross-attention keys and values, each (R, H, M, D).
+    """
+
+    sos: Tensor
+    ada: Tensor
+    head: Tensor
+    text: Tensor
+    mask: Tensor | None
+    cross: tuple[tuple[Tensor, Tensor], ...]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x.to(weight.dtype), weight, bias)
+
+
+class SelfAttention(nn.Module):
+    """Cosine attention with one learned temperature a head; softmax scale 1."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (R, N, C), rope (2, N, D/2) -> q, k, v (R, H, N, D), exactly what attention multiplies, in x's dtype."""
+        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        qkv = linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        temperature = self.scale_mul_1H11.float().clamp(max=MAX_LOG_SCALE).exp()
+        q = rotate(F.normalize(q.float(), dim=-1) * temperature, rope)
+        k = rotate(F.normalize(k.float(), dim=-1), rope)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.mat_q = nn.Linear(width, width)
+        self.mat_kv = nn.Linear(width, 2 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected text (R, M, C) -> keys and values (R, H, M, D)."""
+        kv = linear(text, self.mat_kv.weight, torch.cat((self.zero_k_bias, self.v_bias)))
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return k, v
+
+    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        q = linear(x, self.mat_q.weight, self.mat_q.bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, kv[0].to(q.dtype), kv[1].to(q.dtype), attn_mask=mask)
+        return linear(y.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(linear(x, self.fc1.weight, self.fc1.bias), approximate="tanh")
+        return linear(y, self.fc2.weight, self.fc2.bias)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, FFN; the first and the last modulated by the condition."""
+
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+        self.sa, self.ca = SelfAttention(width, heads), CrossAttention(width, heads)
+        self.ca_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.ffn = FeedForward(width, hidden)
+
+    def before(self, x: Tensor, ada: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything up to attention: residual (R, N, C) -> q, k, v (R, H, N, D)."""
+        _, _, scale, _, shift, _ = (self.ada_gss.float() + ada).unbind(2)
+        return self.sa.project(modulate(x, scale, shift), rope)
+
+    def after(self, x: Tensor, y: Tensor, ada: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Everything after attention: residual and attention output y (R, H, N, D) -> residual."""
+        gate1, gate2, _, scale, _, shift = (self.ada_gss.float() + ada).unbind(2)
+        x = x + gate1 * linear(y.transpose(1, 2).flatten(2), self.sa.proj.weight, self.sa.proj.bias)
+        normed = F.layer_norm(x.float(), x.shape[-1:], self.ca_norm.weight.float(), self.ca_norm.bias.float(), NORM_EPS)
+        x = x + self.ca(normed, kv, mask)
+        return x + gate2 * self.ffn(modulate(x, scale, shift))
+
+
+class _TextNorm(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), NORM_EPS).to(x.dtype)
+
+
+class _PoolAttention(nn.Module):
+    """One learned query a head over the text; gives the start token and the modulation vector."""
+
+    def __init__(self, channels: int, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.mat_q = nn.Parameter(torch.randn(1, heads, width // heads) * 0.02)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.mat_kv = nn.Linear(channels, 2 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, text: Tensor, mask: Tensor | None) -> Tensor:
+        kv = linear(text, self.mat_kv.weight, torch.cat((self.zero_k_bias, self.v_bias)))
+        k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q = self.mat_q.to(k.dtype).unsqueeze(2).expand(len(k), -1, -1, -1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return linear(y.transpose(1, 2).flatten(1), self.proj.weight, self.proj.bias)
+
+
+class _Named(nn.Module):
+    """A module whose only child carries an official name."""
+
+    def __init__(self, **children: nn.Module):
+        super().__init__()
+        for name, module in children.items():
+            self.add_module(name, module)
+
+
+class Infinity(nn.Module):
+    """The transformer. `condition` once per image, `embed`, `blocks` and `logits` once per scale."""
+
+    def __init__(self, config: InfinityConfig):
+        super().__init__()
+        self.config, c = config, config.width
+        bits = config.codes.token_bits
+        self.cfg_uncond = nn.Parameter(torch.randn(config.text_length, config.text_channels) / config.text_channels**0.5)
+        self.pos_start = nn.Parameter(torch.randn(1, 1, c) * 0.02)
+        self.text_norm = _TextNorm(config.text_channels)
+        self.text_proj_for_sos = _Named(ca=_PoolAttention(config.text_channels, c, config.pool_heads))
+        self.text_proj_for_ca = nn.Sequential(
+            nn.Linear(config.text_channels, c), nn.GELU(approximate="tanh"), nn.Linear(c, c)
+        )
+        self.lvl_embed = nn.Embedding(LEVELS, c)
+        self.word_embed = nn.Linear(bits, c)
+        self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(c, 6 * c))
+        self.head_nm = _Named(ada_lin=nn.Sequential(nn.SiLU(), nn.Linear(c, 2 * c)))
+        self.head = nn.Linear(c, 2 * bits)
+        per_chunk = config.depth // config.block_chunks
+        self.block_chunks = nn.ModuleList(
+            _Named(module=nn.ModuleList(Block(c, config.heads, config.hidden) for _ in range(per_chunk)))
+            for _ in range(config.block_chunks)
+        )
+
+    def layers(self) -> list[Block]:
+        """Blocks in order, over all chunks."""
+        return [block for chunk in self.block_chunks for block in chunk.module]  # type: ignore[union-attr]
+
+    def unconditional(self, text: Text) -> list[Tensor]:
+        """The learned text of guidance, one (L_i, Ct) a row: as long as the row's own prompt."""
+        return [self.cfg_uncond[:n] for n in text.lengths]
+
+    def condition(self, text: Text) -> Conditioning:
+        """Text features -> everything the blocks need of them (all rows, guidance rows included)."""
+        mask, normed = text.mask(), self.text_norm(text.features)
+        sos = self.text_proj_for_sos.ca(normed, mask).float()
+        first, act, second = self.text_proj_for_ca
+        projected = linear(act(linear(normed, first.weight, first.bias)), second.weight, second.bias)
+        return Conditioning(
+            sos=sos,
+            ada=self.shared_ada_lin(sos.to(self.shared_ada_lin[1].weight.dtype)).float().unflatten(-1, (1, 6, -1)),
+            head=self.head_nm.ada_lin(sos).float().unflatten(-1, (1, 2, -1)),
+            text=projected,
+            mask=mask,
+            cross=tuple(block.ca.keys_values(projected) for block in self.layers()),
+        )
+
+    def start(self, cond: Conditioning) -> Tensor:
+        """Input of scale 0: (R, 1, C)."""
+        return cond.sos[:, None] + self.pos_start
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Latent tokens (B, N, token_bits) -> (B, N, C)."""
+        return linear(tokens, self.word_embed.weight, self.word_embed.bias).float()
+
+    def blocks(
+        self, x: Tensor, levels: Tensor, cond: Conditioning, rope: Tensor, cache: Attend,
+        guide: dict[int, float] | None = None,
+    ) -> Tensor:
+        """All blocks over tokens of one or more scales.
+
+        Args:
+            x: inputs (R, N, C).
+            levels: scale index of each token, long (N,), or a scalar for all.
+            cond: conditioning of the R rows.
+            rope: rows of the table that belong to the tokens, (2, N, D/2).
+            cache: where attention happens.
+            guide: {layer: cfg}: after that layer the hidden state of both halves becomes the guided one
+                (upstream's negative `cfg_insertion_layer`).
+
+        Returns:
+            Hidden state (R, N, C), float32.
+        """
+        level, index = self.lvl_embed(levels).float(), 0
+        for number, chunk in enumerate(self.block_chunks):
+            if number == 0 or not self.config.level_embed_once:
+                x = x + level
+            for block in chunk.module:  # type: ignore[union-attr]
+                q, k, v = block.before(x, cond.ada, rope)
+                y = cache.attend(index, q, k, v, 1.0)
+                x = block.after(x, y, cond.ada, cond.cross[index], cond.mask)
+                if guide and index in guide:
+                    yes, no = x.chunk(2)
+                    x = (guide[index] * yes + (1 - guide[index]) * no).repeat(2, 1, 1)
+                index += 1
+        return x
+
+    def logits(self, hidden: Tensor, cond: Conditioning) -> Tensor:
+        """Hidden state of the first rows (R', N, C) -> bit logits (R', N, token_bits, 2), float32; [..., 1] is bit 1."""
+        scale, shift = cond.head[: len(hidden)].unbind(2)
+        return self.head(modulate(hidden, scale, shift)).float().unflatten(-1, (-1, 2))

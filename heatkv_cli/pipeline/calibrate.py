@@ -1,0 +1,104 @@
+"""calibrate: prompts -> model with the full cache and observers -> calibration.safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heatkv_cli.config import Plan, RunConfig, config_hash
+from heatkv_cli.console import Console
+from heatkv_cli.core.cache import KVCache
+from heatkv_cli.core.calibration import Calibration
+from heatkv_cli.core.policy import Policy
+from heatkv_cli.core.stability import Stability, half_split_stability
+from heatkv_cli.core.statistics import AttentionStatistics, concatenate
+from heatkv_cli.pipeline import setup
+from heatkv_cli.results import finish_meta, write_meta
+
+FILE = "calibration.safetensors"
+
+
+def run(plan: Plan, ui: Console) -> dict[str, Any]:
+    """Calibrate every model of the plan; returns paths and stability of the last."""
+    for cfg in plan.runs:
+        path = calibration_path(cfg, ui)
+        calibration = Calibration.load(path, setup.geometry_of(cfg.model))
+        stability = half_split_stability(calibration)
+        _report(calibration, stability, ui)
+        ui.wrote(path)
+        ui.next(f"heatkv build-schedule --model {cfg.model.name} budget=0.1")
+    return {"path": str(path.absolute()), "sha256": calibration.sha256, "stability": stability.as_dict()}
+
+
+def calibration_path(cfg: RunConfig, ui: Console) -> Path:
+    """The calibration of a run: the one it names, one made before, or a new one."""
+    if cfg.calibration is not None:
+        Calibration.load(cfg.calibration, setup.geometry_of(cfg.model))
+        return cfg.calibration
+    files = setup.weight_files(cfg)
+    weights = setup.weights_sha256(files)
+    prompts, _ = setup.prompts_of(cfg.calibration_prompts)
+    identity = {**cfg.calibration_identity(), "weights": weights, "prompts_sha256": prompts.sha256}
+    digest = config_hash(identity)
+    folder = cfg.out / "calibration" / f"{cfg.model.name}-{digest[:8]}"
+    path = folder / FILE
+    if path.exists():
+        Calibration.load(path, setup.geometry_of(cfg.model))
+        return path
+    write_meta(folder, config_hash=digest, config=cfg.plain(), weights_sha256=weights)
+    ui.log_to(folder)
+    calibration = measure(cfg, files, weights, ui)
+    calibration.save(path)
+    finish_meta(folder, sha256=calibration.sha256)
+    return path
+
+
+def measure(cfg: RunConfig, files: dict[str, Path], weights: str, ui: Console) -> Calibration:
+    """Run the calibration prompts with the full cache and collect the statistics of their conditional rows."""
+    model, sampling = setup.load_model(cfg, files), setup.sampling_of(cfg.model)
+    prompts, _ = setup.prompts_of(cfg.calibration_prompts)
+    images = setup.images_of(cfg, prompts, 1, None)
+    parts = []
+    with ui.progress(f"calibrate {cfg.model.name}", len(images), "prompt") as progress:
+        for batch in setup.batches_of(images, cfg.runtime.batch_size):
+            statistics = AttentionStatistics(model.geometry, len(batch))
+            cache = KVCache(
+                model.geometry,
+                Policy(capacity=model.geometry.full_tokens),
+                rows=model.rows(len(batch), sampling),
+                cond_rows=len(batch),
+                dtype=getattr(torch, cfg.model.dtype),
+                device=setup.device_of(cfg),
+                backend=setup.backend_of(cfg),
+                observers=(statistics,),
+            )
+            condition = model.encode([image.item.prompt for image in batch])
+            model.generate(condition, sampling, cache, setup.generators_of(batch))
+            parts.append(statistics)
+            progress.advance(len(batch))
+    return Calibration(
+        geometry=model.geometry,
+        prompts_sha256=prompts.sha256,
+        seeds=tuple(image.seed for image in images),
+        sampling=cfg.model.sampling.per_scale(len(cfg.model.sizes)),
+        weights_sha256=weights,
+        **concatenate(parts),
+    )
+
+
+def _report(calibration: Calibration, stability: Stability, ui: Console) -> None:
+    scores = calibration.scores()
+    rows = [
+        [source, f"{scores[i].mean():.4f}", f"{scores[i].std():.4f}", f"{scores[i].max():.4f}", _text(tau)]
+        for i, (source, tau) in enumerate(zip(calibration.geometry.sources, stability.tau, strict=True))
+    ]
+    title = f"S-CAS per source scale over {calibration.geometry.heads} heads, {len(calibration.seeds)} prompts"
+    ui.table(["source scale", "mean", "std", "max", "Kendall tau (half splits)"], rows, title)
+    overlap = ", ".join(f"{float(b):.0%}: {_text(j)}" for b, j in stability.jaccard.items())
+    ui.say(f"removed sets of half splits agree (Jaccard): {overlap}")
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,256 @@
+"""generate: method, schedule and prompts -> PNGs and manifest.csv, pass by pass.
+
+A pass is one way of running the scales: `free` is ordinary generation; `layout` copies the full run's bits at the
+model's layout scales; `forced` copies them at every scale and records KL per bit in place of images. The full run of
+the same config leaves its bits and logits (traces) for them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from PIL import Image as Pixels
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from heatkv_cli.config import Plan, RunConfig, config_hash
+from heatkv_cli.console import Console
+from heatkv_cli.core.artifacts import Schedule
+from heatkv_cli.core.cache import KVCache
+from heatkv_cli.core.ledger import Ledger
+from heatkv_cli.errors import ConfigError, GPUMemoryError
+from heatkv_cli.models.base import ImageModel, Trace
+from heatkv_cli.pipeline import setup
+from heatkv_cli.pipeline.build_schedule import schedule_of
+from heatkv_cli.results import RunFolder, finish_meta, write_meta
+
+FREE, LAYOUT, FORCED = "free", "layout", "forced"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to go: everything but the loaded model."""
+
+    cfg: RunConfig
+    run_id: str
+    digest: str
+    folder: Path
+    files: dict[str, Path]
+    weights_sha256: str
+    schedule: Schedule | None
+    images: list[setup.Image]
+    prompts_sha256: str
+
+    @property
+    def shown(self) -> int:
+        """How many of the images the limit asks for; the last batch is made whole."""
+        asked = self.cfg.limit
+        return len(self.images) if asked is None else min(len(self.images), asked * self._samples)
+
+    @property
+    def _samples(self) -> int:
+        return max(image.sample for image in self.images) + 1
+
+
+def run(plan: Plan, ui: Console) -> dict[str, Any]:
+    """Make the images of every run of the plan."""
+    reports = []
+    models = Models()
+    for cfg in plan.runs:
+        job = prepare(cfg, ui)
+        run_pass(job, FREE, models, ui)
+        reports.append({"run_id": job.run_id, "path": str((job.folder / FREE).absolute()), "images": job.shown})
+        ui.wrote(job.folder / FREE)
+    ui.next(plan.command_line.replace("heatkv generate", "heatkv eval", 1))
+    return {**reports[0], "runs": reports}
+
+
+class Models:
+    """Loaded models, kept while one command needs them."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, ImageModel] = {}
+
+    def get(self, job: Job) -> ImageModel:
+        key = config_hash({"model": job.cfg.model.identity(), "weights": job.weights_sha256})
+        if key not in self._loaded:
+            self._loaded[key] = setup.load_model(job.cfg, job.files)
+        return self._loaded[key]
+
+
+def prepare(cfg: RunConfig, ui: Console) -> Job:
+    """Everything that has to be known before the first image, missing artifacts included.
+
+    Raises:
+        HeatKVError: whatever is wrong with the config, the files or the budget.
+    """
+    if cfg.seed_mode == "paper" and cfg.runtime.batch_size != 1:
+        raise ConfigError("seed_mode=paper needs batch size 1, as the official scripts", "add runtime.batch_size=1")
+    geometry, budget, method = setup.geometry_of(cfg.model), setup.budget_of(cfg), setup.method_of(cfg.method)
+    prompts, samples = setup.prompts_of(cfg.benchmark)
+    files = setup.weight_files(cfg)
+    weights = setup.weights_sha256(files)
+    _, schedule = schedule_of(cfg, ui)
+    method.policy(geometry, budget, schedule, 1)  # an infeasible budget is told before anything is made
+    identity = {
+        **cfg.identity(),
+        "weights": weights,
+        "schedule": schedule.sha256 if schedule else None,
+        "prompts": prompts.sha256,
+    }
+    digest = config_hash(identity)
+    run_id = cfg.name(digest)
+    size = cfg.runtime.batch_size
+    every = setup.images_of(cfg, prompts, samples, None)
+    asked = len(every) if cfg.limit is None else min(cfg.limit * samples, len(every))
+    images = every[: -(-asked // size) * size]  # whole batches: the same files whatever the limit
+    folder = cfg.out / "images" / run_id
+    return Job(cfg, run_id, digest, folder, files, weights, schedule, images, prompts.sha256)
+
+
+def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | None = None) -> None:
+    """Make what is missing of one pass.
+
+    Args:
+        job: the run.
+        kind: `free`, `layout` or `forced`.
+        models: loaded so far.
+        ui: for progress.
+        reference: the full run, whose traces `layout` and `forced` copy from.
+    """
+    cfg, shard = job.cfg, job.cfg.shard
+    batches = setup.batches_of(job.images, cfg.runtime.batch_size)[shard[0] :: shard[1]]
+    write_meta(
+        job.folder, config_hash=job.digest, config=cfg.plain(), run_id=job.run_id, weights_sha256=job.weights_sha256,
+        schedule_sha256=job.schedule.sha256 if job.schedule else None, prompts_sha256=job.prompts_sha256,
+    )
+    ui.log_to(job.folder)
+    traces = None if reference is None else RunFolder.reading(reference.folder / FREE)
+    with RunFolder(job.folder / kind, shard) as folder:
+        todo = [batch for batch in batches if not folder.done(image.image_id for image in batch)]
+        label = f"{cfg.method.name} {cfg.budget_label} {kind}"
+        with ui.progress(label, sum(map(len, todo)), "img") as progress:
+            for batch in todo:
+                copied = None if traces is None else _load_traces(traces, batch)
+                rows, files = _make(job, kind, models.get(job), batch, copied)
+                folder.append_batch(rows, files)
+                progress.advance(len(batch))
+    finish_meta(job.folder)
+
+
+def _make(
+    job: Job, kind: str, model: ImageModel, batch: list[setup.Image], copied: list[Trace] | None
+) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Run one batch; returns its manifest rows and its files."""
+    cfg, sampling = job.cfg, setup.sampling_of(job.cfg.model)
+    cache = new_cache(job, model, len(batch))
+    forced: list[Tensor | None] = []
+    if copied is not None:
+        bits = [torch.cat([trace.bits[s] for trace in copied]) for s in range(model.geometry.num_scales)]
+        scales = range(model.geometry.num_scales) if kind == FORCED else cfg.model.layout_scales
+        forced = [bits[s] if s in scales else None for s in range(len(bits))]
+    generators = None if kind == FORCED else setup.generators_of(batch)
+    cuda = cfg.runtime.device == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    begin = perf_counter()
+    try:
+        condition = model.encode([image.item.prompt for image in batch])
+        trace = model.generate(condition, sampling, cache, generators, forced)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = perf_counter() - begin
+        pixels = None if kind == FORCED else model.decode(trace.latent).cpu().numpy()
+    except torch.OutOfMemoryError as error:
+        raise GPUMemoryError(
+            f"out of GPU memory with batch size {len(batch)}", f"runtime.batch_size={max(1, len(batch) // 2)}"
+        ) from error
+    numbers = {**_costs(cache.ledger, seconds, len(batch))}
+    common = {"batch": batch[0].image_id, "seconds": seconds / len(batch), "kv_peak_bytes": cache.ledger.live_peak,
+              "kv_resident_bytes": cache.ledger.alloc_bytes, "status": "ok",
+              "cuda_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
+    rows, files = [], {}
+    for i, image in enumerate(batch):
+        row = {**common, "image_id": image.image_id, "prompt_id": image.item.id, "sample": image.sample,
+               "prompt": image.item.prompt, "seed": image.seed}
+        own = dict(numbers)
+        if pixels is not None:
+            row |= {"file": f"{image.image_id}.png", "height": pixels.shape[1], "width": pixels.shape[2]}
+            files[row["file"]] = _png(pixels[i])
+        if kind == FORCED and copied is not None:
+            own |= bit_kl(copied[i].logits, [part[i : i + 1] for part in trace.logits])
+        if kind == FREE and cfg.is_reference:
+            row["trace"] = f"{image.image_id}.safetensors"
+            files[row["trace"]] = _encode_trace(trace, i)
+        rows.append({**row, "numbers_json": json.dumps(own, sort_keys=True)})
+    return rows, files
+
+
+def new_cache(job: Job, model: ImageModel, batch: int) -> KVCache:
+    """A cache with a fresh policy for `batch` images."""
+    cfg = job.cfg
+    rows = model.rows(batch, setup.sampling_of(cfg.model))
+    policy = setup.method_of(cfg.method).policy(model.geometry, setup.budget_of(cfg), job.schedule, rows)
+    return KVCache(
+        model.geometry, policy, rows, batch, getattr(torch, cfg.model.dtype), setup.device_of(cfg),
+        setup.backend_of(cfg),
+    )
+
+
+def bit_kl(full: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, float]:
+    """KL(full || other) per bit in nats, from logit differences of one image; scale 0 sees no history and is left out.
+
+    Args:
+        full, other: per scale (1, N, bits).
+
+    Returns:
+        `kl`, the mean over all bits of scales 1..K-1, and `kl_s{t}` for each of them.
+    """
+    each, total, count = {}, 0.0, 0
+    for t, (a, b) in enumerate(zip(full, other, strict=True)):
+        if t == 0:
+            continue
+        a, b = a.double(), b.double()
+        kl = torch.sigmoid(a) * (a - b) + softplus(b) - softplus(a)
+        each[f"kl_s{t}"] = kl.mean().item()
+        total, count = total + kl.sum().item(), count + kl.numel()
+    return {"kl": total / count, **each}
+
+
+def _costs(ledger: Ledger, seconds: float, images: int) -> dict[str, float]:
+    shares = {f"{stage}_share": spent / seconds for stage, spent in ledger.seconds.items()}
+    return {**ledger.ratios(), "seconds_per_image": seconds / images, **shares}
+
+
+def _png(pixels: Any) -> bytes:
+    buffer = io.BytesIO()
+    Pixels.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _encode_trace(trace: Trace, i: int) -> bytes:
+    bits = {f"bits.{s:02}": part[i : i + 1].cpu().contiguous() for s, part in enumerate(trace.bits)}
+    logits = {f"logits.{s:02}": part[i : i + 1].cpu().contiguous() for s, part in enumerate(trace.logits)}
+    return save({**bits, **logits})
+
+
+def _load_traces(folder: RunFolder, batch: list[setup.Image]) -> list[Trace]:
+    """The full run's bits and logits of a batch, one trace an image."""
+    traces = []
+    for image in batch:
+        row = folder.row(image.image_id)
+        if row is None:
+            raise ConfigError(f"the full run has no image {image.image_id}", "run the same command without --shard")
+        tensors = load_file(folder.path / row["trace"])
+        names = sorted(tensors)
+        bits, logits = (tuple(tensors[n] for n in names if n.startswith(kind)) for kind in ("bits", "logits"))
+        traces.append(Trace(bits, logits, torch.empty(0)))
+    return traces

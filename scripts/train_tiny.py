@@ -1,0 +1,472 @@
+"""Train the bundled tiny model on the shapes world: tokenizer, then transformer and text encoder, then export.
+
+    python scripts/train_tiny.py tokenizer --seconds 900      # gate: detector on reconstructions >= 0.98
+    python scripts/train_tiny.py transformer --seconds 6000   # resumes from <out>/transformer.pt
+    python scripts/train_tiny.py export                       # writes heatkv_cli/assets/tiny.safetensors (fp16)
+
+Every stage can be killed and started again: it goes on from its last checkpoint under --out (default runs/tiny) and
+appends to <out>/tokenizer.csv or <out>/transformer.csv. Two CPU cores are enough; times are wall-clock training seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from shapes_world import COLOUR_NAMES, MAX_WORDS, SHAPES, WORDS, Scene, metadata
+from shapes_world import TASKS as TASK_WEIGHTS
+from shapes_world import batch as world_batch
+from shapes_world import sample as world_sample
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import heatkv_cli
+from heatkv_cli.core.scales import Geometry, ScaleSchedule
+from heatkv_cli.metrics.base import Sample
+from heatkv_cli.metrics.shapes import ShapesScore
+from heatkv_cli.models.base import Sampling
+from heatkv_cli.models.infinity.load import save_bundle
+from heatkv_cli.models.infinity.model import InfinityModel
+from heatkv_cli.models.infinity.rope import rope_table
+from heatkv_cli.models.infinity.text import WordEncoder
+from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig, resize
+from heatkv_cli.models.infinity.transformer import Block, Infinity, InfinityConfig, Text
+
+SIDES = (1, 2, 3, 4, 5, 6, 8, 10)
+SIZES = [(p, p) for p in SIDES]
+TOKENIZER = TokenizerConfig(bits=16, base_channels=48, multipliers=(1, 1), norm_groups=8, stem=4)
+CODES = Codes(TOKENIZER.bits)
+TRANSFORMER = InfinityConfig(
+    depth=8, width=160, heads=8, block_chunks=4, codes=CODES, text_channels=128, text_length=MAX_WORDS
+)
+TEXT_LAYERS = 2
+SAMPLING = Sampling(cfg=(2.0,) * 8, tau=(1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.3))
+PLACES = ("", "left", "right", "top", "bottom")
+PROBES = (len(COLOUR_NAMES) + 1, len(SHAPES), len(PLACES))  # classes of the probe: colour, shape, place
+SHORT = 7  # scales of a short training step
+MERGED_SCALES = 5  # these small scales share one masked product in training
+
+
+def tiny_model(transformer: Infinity, tokenizer: Tokenizer, text: WordEncoder) -> InfinityModel:
+    geometry = Geometry("tiny", TRANSFORMER.depth, TRANSFORMER.heads, TRANSFORMER.head_dim, ScaleSchedule(tuple(SIZES)), 1)
+    return InfinityModel(geometry, transformer, tokenizer, text, SIZES[-1])
+
+
+def log_row(path: Path, row: dict[str, object]) -> None:
+    """Append one row of the loss log; the header is written once."""
+    new = not path.exists()
+    with path.open("a", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+def save(path: Path, **state: object) -> None:
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer
+
+
+def quantise_ste(latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokenizer's residual quantisation with straight-through gradients.
+
+    Returns the summed codes, minus the entropy of the mean bit (to be maximised) and the commitment loss.
+    """
+    size = (latent.shape[-2], latent.shape[-1])
+    total, entropy, commit = torch.zeros_like(latent), latent.new_zeros(()), latent.new_zeros(())
+    for side in SIZES:
+        unit = F.normalize(F.interpolate(latent - total, side, mode="area"), dim=1)
+        code = torch.where(unit > 0, 1.0, -1.0) / math.sqrt(TOKENIZER.bits)
+        p = torch.sigmoid(unit * math.sqrt(TOKENIZER.bits) * 4).mean((0, 2, 3)).clamp(1e-5, 1 - 1e-5)
+        entropy = entropy + (p * p.log() + (1 - p) * (1 - p).log()).mean() / len(SIZES)
+        commit = commit + (unit - code).square().sum(1).mean() / len(SIZES)
+        total = total + resize(unit + (code - unit).detach(), size)
+    return total, entropy, commit
+
+
+def score_scenes(images: Tensor, scenes: list[Scene]) -> dict[str, float]:
+    """Share of correct pictures per task and their mean, by the benchmark's own detector; images in [0, 1]."""
+    pixels = images.clamp(0, 1).permute(0, 2, 3, 1).mul(255).round().byte().numpy()
+    judge, marks = ShapesScore(), defaultdict(list)
+    for image, scene in zip(pixels, scenes, strict=True):
+        marks[scene.task].append(judge.score(Sample("", meta=metadata(scene), image=image)).value)
+    tasks = {task: sum(m) / len(m) for task, m in sorted(marks.items())}
+    return {k: round(v, 3) for k, v in tasks.items()} | {"mean": round(sum(tasks.values()) / len(tasks), 4)}
+
+
+@torch.no_grad()
+def check_tokenizer(tokenizer: Tokenizer, count: int = 300) -> dict[str, float]:
+    """PSNR and detector score on reconstructions of unseen scenes."""
+    images, _, scenes = world_batch(count, random.Random(99))
+    summed, _ = tokenizer.encode(images * 2 - 1, SIZES)
+    out = tokenizer.decode(summed) / 2 + 0.5
+    psnr = -10 * math.log10((out - images).square().mean().item())
+    return {"psnr": round(psnr, 2), "reconstructed": round(score_scenes(out, scenes)["mean"], 4)}
+
+
+def train_tokenizer(a: argparse.Namespace) -> None:
+    torch.manual_seed(a.seed)
+    path, log = a.out / "tokenizer.pt", a.out / "tokenizer.csv"
+    model = Tokenizer(TOKENIZER)
+    opt = torch.optim.AdamW(model.parameters(), lr=a.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    step, spent = 0, 0.0
+    if path.exists():
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        opt.load_state_dict(state["opt"])
+        step, spent = state["step"], state["spent"]
+    rng = random.Random(1 + step)
+    pool = torch.cat([world_batch(512, rng)[0].mul(255).round().byte() for _ in range(a.pool // 512)])
+    last, due = time.time(), spent + a.every
+    while spent < a.seconds:
+        rate = a.lr * min(1, (step + 1) / 50) * max(0.02, math.cos(spent / a.seconds * math.pi / 2))
+        for g in opt.param_groups:
+            g["lr"] = rate
+        x = pool[torch.randint(0, len(pool), (a.batch,))].float().div(255)
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = model.encoder(x * 2 - 1)
+        total, entropy, commit = quantise_ste(latent.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.decoder(total)
+        error = out.float() / 2 + 0.5 - x
+        gap = (latent.float() - total).square().mean()
+        loss = error.abs().mean() + 4 * error.square().mean() + 0.02 * commit + 0.02 * gap + 0.03 * entropy
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        step, now = step + 1, time.time()
+        spent, last = spent + now - last, now
+        if spent > due or spent >= a.seconds:
+            due += a.every
+            model.eval()
+            row = {"step": step, "seconds": round(spent), "images": step * a.batch, "loss": round(loss.item(), 4)}
+            save(path, model=model.state_dict(), opt=opt.state_dict(), step=step, spent=spent)
+            log_row(log, row | check_tokenizer(model))
+            model.train()
+            last = time.time()
+
+
+def load_tokenizer(a: argparse.Namespace) -> Tokenizer:
+    model = Tokenizer(TOKENIZER)
+    model.load_state_dict(torch.load(a.out / "tokenizer.pt")["model"])
+    return model.eval().requires_grad_(False)
+
+
+# -------------------------------------------------------------------------------------------------- transformer
+
+
+class BlockCausal(torch.autograd.Function):
+    """Whole-sequence attention in which a token sees its own and all earlier scales.
+
+    A hand-written backward accumulates into dK and dV: slicing them per scale under autograd would zero-fill and add a
+    full tensor for every slice. `spans`: (first query, end, additive mask or None); queries of a span see keys [0, end).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, spans):  # type: ignore[no-untyped-def]
+        ctx.shape, ctx.spans = q.shape, spans
+        q, k, v = (t.reshape(-1, *t.shape[2:]) for t in (q, k, v))
+        out, weights = torch.empty_like(q), []
+        for start, end, mask in spans:
+            logits = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
+            weights.append((logits if mask is None else logits + mask).softmax(-1))
+            out[:, start:end] = torch.bmm(weights[-1], v[:, :end])
+        ctx.save_for_backward(q, k, v, out, *weights)
+        return out.view(ctx.shape)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        q, k, v, out, *weights = ctx.saved_tensors
+        grad = grad.reshape(q.shape)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        row = (grad * out).sum(-1, keepdim=True)
+        for (start, end, _), p in zip(ctx.spans, weights, strict=True):
+            dp = torch.bmm(grad[:, start:end], v[:, :end].transpose(1, 2)).sub_(row[:, start:end]).mul_(p)
+            dq[:, start:end] = torch.bmm(dp, k[:, :end])
+            dk[:, :end] += torch.bmm(dp.transpose(1, 2), q[:, start:end])
+            dv[:, :end] += torch.bmm(p.transpose(1, 2), grad[:, start:end])
+        return dq.view(ctx.shape), dk.view(ctx.shape), dv.view(ctx.shape), None
+
+
+class TrainingAttention:
+    """The seam of the model in training: no cache, all scales at once."""
+
+    def __init__(self, scales: int, dtype: torch.dtype):
+        ends = torch.tensor([p * p for p in SIDES[:scales]]).cumsum(0).tolist()
+        merged = min(MERGED_SCALES, scales)
+        level = torch.cat([torch.full((p * p,), i) for i, p in enumerate(SIDES[:merged])])
+        mask = torch.where(level[:, None] >= level[None], 0.0, -torch.inf).to(dtype)
+        self.spans = [(0, len(level), mask), *((a, b, None) for a, b in zip(ends[merged - 1 :], ends[merged:]))]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        return BlockCausal.apply(q, k, v, self.spans)
+
+
+@torch.no_grad()
+def noisy_inputs(latents: Tensor, flip: float, scales: int) -> tuple[Tensor, Tensor]:
+    """Clean target bits (B, N, d) and transformer inputs (B, N - 1, d) of the first `scales` scales.
+
+    Bitwise self-correction (Infinity, section 3.4): a random share of the bits of each scale, up to `flip`, is turned
+    before the later scales are quantised, so that they learn to repair earlier mistakes.
+    """
+    total, bits, inputs = torch.zeros_like(latents), [], []
+    for i in range(scales):
+        seen = F.normalize(F.interpolate(latents - total, SIDES[i], mode="area"), dim=1)
+        bits.append(CODES.to_tokens((seen > 0).float()))
+        share = torch.rand(len(latents), 1, 1, 1) * flip
+        turned = (seen > 0) ^ (torch.rand_like(seen) < share)
+        total = total + resize(CODES.embed(turned.permute(0, 2, 3, 1)), SIZES[-1])
+        if i + 1 < scales:
+            inputs.append(CODES.to_tokens(resize(total, SIZES[i + 1])))
+    return torch.cat(bits, 1), torch.cat(inputs, 1)
+
+
+class Tiny(torch.nn.Module):
+    """What is trained together: text encoder, transformer, and a probe of the noun features.
+
+    The probe reads colour, shape and place of every noun from its text feature; it gives the binding of words (which
+    object is left of which) a direct gradient and is not shipped.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = WordEncoder(WORDS, MAX_WORDS, TRANSFORMER.text_channels, TEXT_LAYERS)
+        self.transformer = Infinity(TRANSFORMER)
+        self.probe = torch.nn.Linear(TRANSFORMER.text_channels, sum(PROBES))
+        net, c = self.transformer, TRANSFORMER.width
+        for block in net.layers():
+            torch.nn.init.zeros_(block.ada_gss)
+            for out in (block.sa.proj, block.ca.proj, block.ffn.fc2):
+                torch.nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * TRANSFORMER.depth))
+                torch.nn.init.zeros_(out.bias)
+        torch.nn.init.normal_(net.shared_ada_lin[1].weight, std=0.01)
+        net.shared_ada_lin[1].bias.data.zero_().view(6, c)[:2] = 1.0  # both gates open
+        torch.nn.init.normal_(net.lvl_embed.weight, std=0.3)
+        torch.nn.init.normal_(net.head.weight, std=0.02)
+        torch.nn.init.normal_(net.head_nm.ada_lin[1].weight, std=0.01)
+        table = rope_table(TRANSFORMER.head_dim, tuple(SIZES), SIZES[-1])
+        self.register_buffer("rope", table, persistent=False)
+        levels = torch.cat([torch.full((p * p,), i) for i, p in enumerate(SIDES)])
+        self.register_buffer("levels", levels, persistent=False)
+
+    def forward(
+        self, ids: Tensor, dropped: Tensor, inputs: Tensor, attention: TrainingAttention
+    ) -> tuple[Tensor, Tensor]:
+        """Word ids (B, M), rows that lose their text (B,), inputs (B, N - 1, d) -> logits (B, N, d), text features."""
+        features = self.text(ids)
+        lengths = tuple(((ids > 0).sum(1)).tolist())
+        nothing = self.transformer.cfg_uncond[: ids.shape[1]].expand_as(features)
+        cond = self.transformer.condition(Text(torch.where(dropped[:, None, None], nothing, features), lengths))
+        count = inputs.shape[1] + 1
+        x = torch.cat((self.transformer.start(cond), self.transformer.embed(inputs)), 1)
+        hidden = self.transformer.blocks(x, self.levels[:count], cond, self.rope[:, :count], attention)
+        logits = self.transformer.logits(hidden, cond)
+        return logits[..., 1] - logits[..., 0], features
+
+    def probe_loss(self, features: Tensor, nouns: Tensor) -> Tensor:
+        """nouns (B, G, 4): word index (-1 = none), colour, shape, place."""
+        chosen = nouns[..., 0] >= 0
+        at = nouns[..., 0].clamp(min=0).unsqueeze(-1).expand(-1, -1, features.shape[-1])
+        parts = self.probe(features.gather(1, at)[chosen]).split(PROBES, -1)
+        labels = nouns[chosen][:, 1:].unbind(-1)
+        return sum(F.cross_entropy(p, y) for p, y in zip(parts, labels, strict=True))  # type: ignore[return-value]
+
+
+def noun_labels(scene: Scene) -> list[list[int]]:
+    """Two rows of word index, colour (last class: not named), shape, place for `Tiny.probe_loss`."""
+    rows = []
+    for word, group in scene.nouns[:2]:
+        _, colour, shape = scene.want[group]
+        named = COLOUR_NAMES.index(colour) if colour else len(COLOUR_NAMES)
+        rows.append([word, named, SHAPES.index(shape), PLACES.index(scene.places[group])])
+    return rows + [[-1, 0, 0, 0]] * (2 - len(rows))
+
+
+def load_latents(a: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents fp16 (n, d, 10, 10), word ids (n, M), noun labels (n, 2, 4) of `a.images` scenes; made once."""
+    path = a.out / "latents.pt"
+    if path.exists():
+        return torch.load(path)
+    tokenizer, rng, parts, begin = load_tokenizer(a), random.Random(1000), [], time.time()
+    for _ in range(a.images // 512):
+        images, ids, scenes = world_batch(512, rng)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents = tokenizer.encoder(images * 2 - 1)
+        parts.append((latents.half(), ids, torch.tensor([noun_labels(s) for s in scenes])))
+    print(f"{a.images} images encoded in {time.time() - begin:.0f} s", flush=True)
+    data = tuple(torch.cat(p) for p in zip(*parts, strict=True))
+    torch.save(data, path)
+    return data  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def check_transformer(model: Tiny, tokenizer: Tokenizer, per_task: int) -> dict[str, float]:
+    """Score of ordinary samples on fixed scenes, and the order of positions among pictures with the right objects."""
+    rng = random.Random(4321)
+    scenes = [world_sample(rng, task, "a") for task in sorted(TASK_WEIGHTS) for _ in range(per_task)]
+    net = tiny_model(model.transformer, tokenizer, model.text)
+    images = []
+    for i in range(0, len(scenes), 30):
+        part = scenes[i : i + 30]
+        generators = [torch.Generator().manual_seed(i + j) for j in range(len(part))]
+        trace = net.generate(net.encode([s.caption for s in part]), SAMPLING, FullAttention(), generators)
+        images.append(net.decode(trace.latent).permute(0, 3, 1, 2).float() / 255)
+    return score_scenes(torch.cat(images), scenes)
+
+
+class FullAttention:
+    """The plainest cache: keep everything, attend to everything."""
+
+    def __init__(self) -> None:
+        self.past: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        if layer in self.past:
+            k, v = (torch.cat(pair, 2) for pair in zip(self.past[layer], (k, v), strict=True))
+        self.past[layer] = k, v
+        return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
+
+    def end_scale(self) -> None:
+        pass
+
+
+def train_transformer(a: argparse.Namespace) -> None:
+    torch.manual_seed(a.seed)
+    path, log = a.out / "transformer.pt", a.out / "transformer.csv"
+    latents, words, nouns = load_latents(a)
+    held, latents = [t[:256] for t in (latents, words)], latents[256:]
+    words, nouns = words[256:], nouns[256:]
+    model, tokenizer = Tiny(), load_tokenizer(a)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(latents)} images", flush=True)
+    hidden = [p for b in model.transformer.layers() for p in b.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in hidden}
+    other = [p for p in model.parameters() if id(p) not in chosen]
+    adam = torch.optim.AdamW(other, lr=a.lr, betas=(0.9, 0.97), weight_decay=0.01, fused=True)
+    muon = torch.optim.Muon(hidden, lr=2 * a.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    step, spent = 0, 0.0
+    if path.exists():
+        state = torch.load(path)
+        model.load_state_dict(state["model"])
+        adam.load_state_dict(state["adam"])
+        muon.load_state_dict(state["muon"])
+        average, step, spent = state["average"], state["step"], state["spent"]
+    torch.manual_seed(a.seed + 1 + step)
+    weight = torch.cat([torch.full((p * p,), p**-1.5) for p in SIDES])
+    attention = {n: TrainingAttention(n, torch.bfloat16) for n in (SHORT, len(SIDES))}
+    if a.compile:
+        before, after = (torch.compile(f, dynamic=False) for f in (Block.before, Block.after))
+        Block.before, Block.after = before, after
+    last, due, recent = time.time(), spent + a.every, []
+    while spent < a.seconds:
+        r = spent / a.seconds
+        decay = 1.0 if r < a.flat else max(0.01, 0.5 * (1 + math.cos((r - a.flat) / (1 - a.flat) * math.pi)))
+        for opt, lr in ((adam, a.lr), (muon, 2 * a.lr)):
+            opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * decay
+        scales = SHORT if r < a.short or step % 2 else len(SIDES)  # coarse scales decide the layout: more steps for them
+        index = torch.randint(0, len(latents), (a.batch,))
+        bits, inputs = noisy_inputs(latents[index].float(), a.flip, scales)
+        # the fused kernel's backward takes half of a step at this head size
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            logits, features = model(words[index], torch.rand(a.batch) < 0.1, inputs, attention[scales])
+        each = F.binary_cross_entropy_with_logits(logits.float(), bits, reduction="none").mean((0, 2))
+        used = weight[: len(each)]
+        probe = model.probe_loss(features.float(), nouns[index])
+        loss = (each * used).sum() / used.sum()
+        (loss + 0.05 * probe).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in (adam, muon):
+            opt.step()
+            opt.zero_grad()
+        step, now = step + 1, time.time()
+        spent, last = spent + now - last, now
+        recent.append((loss.item(), probe.item()))
+        if step % 5 == 0:
+            keep = min(0.998, 1 - 1 / (1 + step / 5)) ** 5
+            for k, v in model.state_dict().items():
+                average[k].lerp_(v, 1 - keep)
+        if step % 50 == 0:
+            mean = torch.tensor(recent[-50:]).mean(0).tolist()
+            print(f"{step} {spent:.0f}s loss {mean[0]:.4f} probe {mean[1]:.3f} scales {scales} rate {decay:.2f}", flush=True)
+        if spent > due or spent >= a.seconds:
+            due += a.every
+            save(path, model=model.state_dict(), adam=adam.state_dict(), muon=muon.state_dict(),
+                 average=average, step=step, spent=spent)
+            row = validate(average, held, tokenizer, a.per_task)
+            head = {"step": step, "seconds": round(spent), "images": step * a.batch}
+            mean = torch.tensor(recent).mean(0).tolist()
+            log_row(log, head | {"train_loss": round(mean[0], 4), "probe": round(mean[1], 4)} | row)
+            recent, last = [], time.time()
+
+
+def validate(average: dict[str, Tensor], held: list[Tensor], tokenizer: Tokenizer, per_task: int) -> dict[str, float]:
+    """Held-out loss per scale (BCE per bit, clean inputs) and the score of samples, with the averaged weights."""
+    model = Tiny().eval()
+    model.load_state_dict(average)
+    bits, inputs = noisy_inputs(held[0].float(), 0.0, len(SIDES))
+    with torch.no_grad():
+        keep = torch.zeros(len(bits), dtype=torch.bool)
+        logits, _ = model(held[1], keep, inputs, TrainingAttention(len(SIDES), torch.float32))
+        loss = F.binary_cross_entropy_with_logits(logits, bits, reduction="none").mean((0, 2))
+    each = {f"s{p}": round(part.mean().item(), 4) for p, part in zip(SIDES, loss.split([p * p for p in SIDES]))}
+    return {"val": round(loss.mean().item(), 4)} | each | check_transformer(model, tokenizer, per_task)
+
+
+def export(a: argparse.Namespace) -> None:
+    """Write the averaged weights and the tokenizer where the package looks for them."""
+    state, model = torch.load(a.out / "transformer.pt"), Tiny()
+    model.load_state_dict(state["average"])
+    parts = {"transformer": model.transformer, "tokenizer": load_tokenizer(a), "text": model.text}
+    save_bundle(a.to, parts, WORDS, MAX_WORDS)
+    print(f"{a.to}: {a.to.stat().st_size / 1e6:.2f} MB, step {state['step']}, {state['spent']:.0f} s of training")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = parser.add_subparsers(dest="stage", required=True)
+    p = sub.add_parser("tokenizer")
+    p.set_defaults(run=train_tokenizer)
+    p.add_argument("--seconds", type=float, default=900)
+    p.add_argument("--pool", type=int, default=12288)
+    p.add_argument("--batch", type=int, default=24)
+    p.add_argument("--lr", type=float, default=2e-3)
+    p = sub.add_parser("transformer")
+    p.set_defaults(run=train_transformer)
+    p.add_argument("--seconds", type=float, default=6000)
+    p.add_argument("--images", type=int, default=49152)
+    p.add_argument("--batch", type=int, default=24)
+    p.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW; Muon gets twice as much")
+    p.add_argument("--flip", type=float, default=0.2)
+    p.add_argument("--flat", type=float, default=0.4, help="share of the time before the cosine decay")
+    p.add_argument("--short", type=float, default=0.25, help="share of the time with short steps only")
+    p.add_argument("--per-task", type=int, default=20)
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    p = sub.add_parser("export")
+    p.set_defaults(run=export)
+    p.add_argument("--to", type=Path, default=Path(heatkv_cli.__file__).parent / "assets" / "tiny.safetensors")
+    for p in sub.choices.values():
+        p.add_argument("--out", type=Path, default=Path("runs/tiny"))
+        p.add_argument("--threads", type=int, default=2)
+        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--every", type=float, default=120, help="seconds between checkpoints")
+    a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(a.threads)
+    a.run(a)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Every mistake: one clear message, a fix, the documented exit code, and no traceback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heatkv_cli import cli
+from heatkv_cli.errors import (
+    ArtifactError,
+    BudgetError,
+    ConfigError,
+    ConfigErrors,
+    GPUMemoryError,
+    HeatKVError,
+    PartialResultError,
+    SetupError,
+    did_you_mean,
+)
+
+Capture = pytest.CaptureFixture[str]
+
+
+def check(capsys: Capture, arguments: list[str], code: int, *expected: str) -> str:
+    """Run a command that must fail; return what it said."""
+    assert cli.run(arguments) == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.count("error: ") >= 1
+    assert said.count("fix: ") >= 1
+    for words in expected:
+        assert words in said, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["method=heatkvv"], ["unknown method 'heatkvv'", "did you mean 'heatkv'?", "available: "]),
+        (["--method", "heatkvv"], ["unknown method 'heatkvv'", "did you mean 'heatkv'?"]),
+        (["model=tinny"], ["unknown model 'tinny'", "did you mean 'tiny'?"]),
+        (["metric=kl,psrn"], ["unknown metric 'psrn'", "did you mean 'psnr'?"]),
+        (["experiment=dmo"], ["unknown experiment 'dmo'", "did you mean 'demo'?"]),
+        (["budgte=0.1"], ["unknown key 'budgte'", "did you mean 'budget'?"]),
+        (["method=streaming", "method.snk=3"], ["unknown key 'method.snk' of method=streaming", "'method.sink'"]),
+        (["runtime.thread=1"], ["unknown key 'runtime.thread'", "did you mean 'runtime.threads'?"]),
+        (["method.name=other"], ["'method.name' cannot be set"]),
+        (["budget=0"], ["budget", "0", "nothing would be kept"]),
+        (["budget=1.5"], ["budget", "1.5", "budget=0.015"]),
+        (["budget=-0.1"], ["budget", "-0.1"]),
+        (["budget=abc"], ["budget", "abc", "not a number"]),
+        (["budget="], ["budget"]),
+        (["rho=1"], ["rho", "1"]),
+        (["budget=0.1", "rho=0.7"], ["budget and rho are both given"]),
+        (["method=full", "budget=0.1"], ["method=full has no budget", "leave the budget away"]),
+        (["seed=x"], ["seed is 'x'", "a whole number"]),
+        (["seed_mode=papr"], ["seed_mode is 'papr'", "'paper'"]),
+        (["seed_mode=paper"], ["runtime.batch_size=1"]),
+        (["--limit", "0"], ["limit is 0", "limit=all"]),
+        (["--limit", "some"], ["limit is 'some'", "limit=all"]),
+        (["--shard", "4/4"], ["shard is '4/4'", "shard=0/4"]),
+        (["runtime.batch_size=0"], ["runtime.batch_size is 0"]),
+        (["runtime.attention=flash"], ["runtime.attention is 'flash'", "'grouped'"]),
+        (["model.sampling.tau=[1,2]"], ["model.sampling.tau has 2 values", "8 scales"]),
+        (["model=infinity-2b", "model.resolution=2M"], ["has no resolution '2M'", "0.25M"]),
+        (["heatkv"], ["'heatkv' is not an override", "key=value"]),
+        (["~method"], ["not removed"]),
+        (["method=[full,heatkv]"], ["one name"]),
+        (["method=full", "--method", "heatkv"], ["method is given twice"]),
+        (["benchmark=prompts"], ["'benchmark.file' has no value"]),
+        (["x={"], ["cannot read the override"]),
+        (["seed=range(0,0)"], ["nothing to run"]),
+    ],
+    ids=lambda item: " ".join(item) if isinstance(item, list) and "=" in "".join(item) else None,
+)
+def test_configuration(arguments: list[str], expected: list[str], capsys: Capture) -> None:
+    check(capsys, ["eval", *arguments], 2, *expected)
+
+
+def test_all_errors_at_once(capsys: Capture) -> None:
+    said = check(
+        capsys, ["eval", "method=heatkvv", "model=tny", "metric=psrn", "budgte=1", "budget=1.5", "limit=no"], 2
+    )
+    for words in ("heatkvv", "tny", "psrn", "budgte", "1.5", "'no'"):
+        assert words in said
+    assert said.count("error: ") == said.count("fix: ") == 6
+
+
+def test_one_mistake_in_a_sweep_is_said_once(capsys: Capture) -> None:
+    said = check(capsys, ["eval", "method=streaming,heatkv,random", "budget=0.2,0.1", "limit=no"], 2)
+    assert said.count("error: ") == 1
+
+
+@pytest.mark.parametrize("arguments", [["eval", "--budgett", "0.1"], ["evl"], ["eval", "--limit"], ["--nothing"]])
+def test_usage(arguments: list[str], capsys: Capture) -> None:
+    check(capsys, arguments, 2)
+
+
+def test_unknown_list(capsys: Capture) -> None:
+    check(capsys, ["ls", "method5"], 2, "did you mean 'methods'?")
+
+
+def test_unwritable_output(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").touch()
+    check(capsys, ["generate", "--out", str(tmp_path / "file" / "runs")], 3, "cannot write to", "--out DIR")
+
+
+def test_unreadable_prompts(tmp_path: Path, capsys: Capture) -> None:
+    missing = tmp_path / "prompts.txt"
+    check(capsys, ["eval", "benchmark=prompts", f"benchmark.file={missing}", "--dry-run"], 3, str(missing))
+
+
+def test_weights_that_are_not_there(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEATKV_WEIGHTS", raising=False)
+    said = check(capsys, ["eval", "model=infinity-2b", "--dry-run"], 3, "HEATKV_WEIGHTS", "weights=DIR")
+    assert said.count("error: ") == 3  # transformer, tokenizer, text encoder
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Let every stage raise an error, or return a document."""
+
+    def install(outcome: Any) -> None:
+        def run(plan: Any, console: Any) -> dict[str, Any]:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            result: dict[str, Any] = outcome
+            return result
+
+        monkeypatch.setattr(cli, "_stage_function", lambda command: run)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (HeatKVError("what", "do"), 1),
+        (ConfigError("what", "do"), 2),
+        (BudgetError("what", "do"), 2),
+        (SetupError("what", "do"), 3),
+        (ArtifactError("what", "do"), 4),
+        (GPUMemoryError("what", "do"), 5),
+        (PartialResultError("what", "do"), 6),
+    ],
+)
+def test_exit_codes(error: HeatKVError, code: int, stage: Any, tmp_path: Path, capsys: Capture) -> None:
+    stage(error)
+    assert cli.run(["eval", "--out", str(tmp_path), "--json"]) == code
+    captured = capsys.readouterr()
+    assert captured.err == "error: what\nfix: do\n"
+    document = json.loads(captured.out)
+    assert document["exit_code"] == code
+    assert document["errors"] == [{"error": "what", "fix": "do"}]
+
+
+def test_interrupt_says_how_to_go_on(stage: Any, tmp_path: Path, capsys: Capture) -> None:
+    stage(KeyboardInterrupt())
+    assert cli.run(["eval", "method=heatkv", "budget=0.1", "--out", str(tmp_path)]) == 130
+    said = capsys.readouterr().err
+    assert f"next: heatkv eval out={tmp_path} method=heatkv budget=0.1" in said
+    assert "Traceback" not in said
+
+
+def test_bug_leaves_a_trace_in_the_log(stage: Any, tmp_path: Path, capsys: Capture) -> None:
+    stage(RuntimeError("odd"))
+    assert cli.run(["eval", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 3
+    assert "error: unexpected RuntimeError: odd" in said
+    assert "heatkv doctor --json" in said
+    assert "Traceback" not in said
+    assert "Traceback" in (tmp_path / "run.log").read_text()
+
+
+def test_debug_shows_the_trace(stage: Any, tmp_path: Path, capsys: Capture) -> None:
+    stage(RuntimeError("odd"))
+    assert cli.run(["eval", "--out", str(tmp_path), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_success_prints_one_document_and_the_next_command(stage: Any, tmp_path: Path, capsys: Capture) -> None:
+    stage({"path": str(tmp_path / "results.csv"), "best": float("inf"), "unknown": float("nan")})
+    assert cli.run(["eval", "--out", str(tmp_path), "--json"]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out, parse_constant=pytest.fail)
+    assert document["status"] == "done"
+    assert document["path"] == str(tmp_path / "results.csv")
+    assert (document["best"], document["unknown"]) == ("inf", None)
+    assert captured.err.splitlines()[-1] == f"next: {document['next']}"
+
+
+def test_dry_run_touches_nothing(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "runs"
+    cli.run(["eval", "experiment=demo", "--out", str(out), "--dry-run", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert not out.exists()
+    assert document["status"] == "planned"
+    kept = {
+        (run["method"]["name"], run["budget"]): run["kv_budget_bytes"] / run["kv_full_bytes"]
+        for run in document["runs"]
+    }
+    assert kept["full", "1"] == 1
+    assert 0.0995 < kept["heatkv", "0.1"] <= 0.1
+
+
+def test_quiet_and_no_color(stage: Any, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    stage({"path": str(tmp_path)})
+    assert cli.run(["eval", "--out", str(tmp_path), "-q"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_hints() -> None:
+    assert did_you_mean("heatkvv", ["full", "heatkv"]) == "did you mean 'heatkv'? available: full, heatkv"
+    assert did_you_mean("zzz", ["full", "heatkv"]) == "available: full, heatkv"
+    assert did_you_mean("zzz", []) == "nothing is available"
+
+
+def test_several_errors_are_one() -> None:
+    both = ConfigErrors([ConfigError("a", "x"), ConfigError("b")])
+    assert (both.message, both.hint, both.exit_code) == ("a\nb", "x", 2)
+    with pytest.raises(ValueError, match="at least one"):
+        ConfigErrors([])
