@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that help and completion are
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def complete_override(incomplete: str) -> list[str]:
             f"{name}=" for name in (*GROUPS, "budget", "rho", "seed", "limit", "out", "shard") if name.startswith(key)
         ]
     typed, comma, last = start.rpartition(",")
-    group = "benchmark" if key == "calibration_prompts" else key
+    group = "benchmark" if key.startswith("calibration_") else key
     names = choices(group) if group in GROUPS else []
     return [f"{key}={typed}{comma}{name}" for name in names if name.startswith(last)]
 
@@ -307,7 +308,8 @@ def _stage(
     from heatkv_cli.console import Console
 
     console = Console(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
-    with console.guard(f"heatkv {command}") as outcome:
+    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    with console.guard(shlex.join(["heatkv", command, *given, *(overrides or [])])) as outcome:
         from heatkv_cli.config import compose
         from heatkv_cli.results import ensure_writable
 

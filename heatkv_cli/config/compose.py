@@ -38,13 +38,21 @@ CHOICES = {
     "runtime": "runtime",
     "reference": "method",
     "calibration_prompts": "benchmark",
+    "calibration_check": "benchmark",
 }
 """Keys whose value is the name of a file, and the group it is chosen from."""
 
-_LEAVES = {"method": MethodConfig, "reference": MethodConfig, "benchmark": BenchmarkConfig}
+_PROMPTS = {
+    "benchmark": "default_benchmark",
+    "calibration_prompts": "calibration_prompts",
+    "calibration_check": "calibration_check",
+}
+"""Keys that choose a prompt list, and the model's key that says which when none is named."""
+
+_LEAVES = {"method": MethodConfig, "reference": MethodConfig, **dict.fromkeys(_PROMPTS, BenchmarkConfig)}
 _FIXED = (
     *("_target_", "name", "needs", "budgetless", "paper", "note"),
-    *("default_benchmark", "default_metrics", "calibration_prompts"),
+    *("default_benchmark", "default_metrics", "calibration_prompts", "calibration_check"),
 )
 """Keys below a group that belong to its file: reading them from elsewhere would not be seen, or would be a lie."""
 
@@ -153,7 +161,7 @@ def _choose(assignments: Mapping[str, Any], errors: list[ConfigError]) -> tuple[
             unknown.add(key)
     try:
         model = read_yaml("model", names.get("model", _default_model()))
-        for key, default in (("benchmark", "default_benchmark"), ("calibration_prompts", "calibration_prompts")):
+        for key, default in _PROMPTS.items():
             if key not in names:
                 names[key] = str(model.get(default))
                 check_choice(CHOICES[key], names[key], f"model.{default}")
@@ -166,7 +174,7 @@ def _choose(assignments: Mapping[str, Any], errors: list[ConfigError]) -> tuple[
     metrics = [str(name) for name in metrics if _check(errors, "metric", str(name), "metric")]
     if len(metrics) != len(set(metrics)):
         errors.append(ConfigError(f"metric={','.join(metrics)} names a metric twice", "name each metric once"))
-    swapped = {"reference": "method@reference", "calibration_prompts": "benchmark@calibration_prompts"}
+    swapped = {key: f"{group}@{key}" for key, group in CHOICES.items() if key != group}
     texts = [f"{swapped.get(key, key)}={name}" for key, name in names.items()]
     return (*texts, *(f"+metric@metric.{name}={name}" for name in dict.fromkeys(metrics))), unknown
 
@@ -264,7 +272,6 @@ def _typed_run(plain: dict[str, Any], errors: list[ConfigError]) -> RunConfig | 
     values = dict(plain)
     for key, cls in _LEAVES.items():
         values[key] = _leaf(cls, values[key])
-    values["calibration_prompts"] = _leaf(BenchmarkConfig, values["calibration_prompts"])
     values["metrics"] = [{"name": name} | _leaf(MetricConfig, item) for name, item in values.pop("metric").items()]
     values["model"] = _renamed(values["model"])
     values["limit"] = _limit(values["limit"], errors)

@@ -82,6 +82,7 @@ class ModelConfig:
         dtype: of weights and of the KV state, hence of the bytes of a budget.
         default_benchmark: what `generate` and `eval` use when no benchmark is named.
         calibration_prompts: the benchmark whose prompts `calibrate` uses.
+        calibration_check: a second list, whose orders `calibrate` compares with the first one's.
         weights: files, digests, licences.
         params: the remaining arguments of `target`.
     """
@@ -99,6 +100,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"]
     default_benchmark: str
     calibration_prompts: str
+    calibration_check: str
     weights: Weights = field(default_factory=Weights)
     params: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
@@ -229,7 +231,7 @@ class RunConfig:
     Args:
         model, method, benchmark, metrics, runtime: the chosen files of the config groups.
         reference: the method all others are compared with (`full`).
-        calibration_prompts: the prompts of `calibrate`.
+        calibration_prompts: the prompts of `calibrate`; calibration_check: those it compares its orders with.
         budget: fraction kept, canonical text ("0.1", "21/6425"); None exactly where rho is given.
         rho: HACK's compression ratio over all scales; None where budget is given.
         seed: of the run; each image derives its own.
@@ -248,6 +250,7 @@ class RunConfig:
     reference: MethodConfig
     benchmark: BenchmarkConfig
     calibration_prompts: BenchmarkConfig
+    calibration_check: BenchmarkConfig
     metrics: tuple[MetricConfig, ...]
     runtime: RuntimeConfig
     budget: str | None
@@ -274,8 +277,15 @@ class RunConfig:
         return self.method == self.reference
 
     def as_reference(self) -> RunConfig:
-        """Return the run everything of this one is compared with: same config, reference method, budget 1."""
-        return replace(self, method=self.reference, budget="1", rho=None, calibration=None, schedule=None, orders=None)
+        """Return the run everything of this one is compared with: same config, reference method, budget 1.
+
+        It always uses the default attention, so that `method=full runtime.attention=masked` measures the noise floor.
+        """
+        runtime = replace(self.runtime, attention="auto")
+        return replace(
+            self, method=self.reference, budget="1", rho=None, runtime=runtime,
+            calibration=None, schedule=None, orders=None,
+        )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         """What can change an image (design, "Run hash"), as plain values for `config_hash`.

@@ -19,7 +19,7 @@ CHUNK_ELEMENTS = 1 << 22  # probabilities held at once while statistics are comp
 
 @dataclass(frozen=True)
 class Group:
-    """Heads with equally long histories: `heads` in ascending order, k and v (B, G, n, D)."""
+    """Heads with equally long histories: `heads` in ascending order, k and v (B, G, n, D); n may be 0."""
 
     heads: Sequence[int]
     k: Tensor
@@ -30,7 +30,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Iterable[Group], 
     """Attention of q over [history of each head, current k, v].
 
     Args:
-        q, k, v: of the current scale, (B, H, N, D).
+        q, k, v: of the current scale, (B, H, N, D); k and v without tokens where `groups` hold the current ones too.
         groups: every head in exactly one; consumed one at a time, so that only one group's copies are alive.
         softmax_scale: factor of q k^T.
 
@@ -39,19 +39,28 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Iterable[Group], 
     """
     out: Tensor | None = None
     for group in groups:
-        whole = len(group.heads) == q.shape[1]
-        heads = slice(None) if whole else list(group.heads)
-        keys, values = k[:, heads], v[:, heads]
-        if group.k.shape[2]:
-            keys, values = torch.cat((group.k, keys), 2), torch.cat((group.v, values), 2)
-        part = F.scaled_dot_product_attention(q[:, heads], keys, values, scale=softmax_scale)
-        if whole:
+        part = _group_attention(q, k, v, group, softmax_scale)
+        if len(group.heads) == q.shape[1]:
             return part
         out = torch.empty_like(q) if out is None else out
-        out[:, heads] = part
+        out[:, list(group.heads)] = part
+        del group, part  # or they live on while the next group is read
     if out is None:
         raise ValueError("grouped_attention: no groups")
     return out
+
+
+def _group_attention(q: Tensor, k: Tensor, v: Tensor, group: Group, softmax_scale: float) -> Tensor:
+    heads = slice(None) if len(group.heads) == q.shape[1] else list(group.heads)
+    keys, values = _joined(group.k, k[:, heads]), _joined(group.v, v[:, heads])
+    return F.scaled_dot_product_attention(q[:, heads], keys, values, scale=softmax_scale)
+
+
+def _joined(history: Tensor, current: Tensor) -> Tensor:
+    """Both along the tokens; no copy where one of them is empty."""
+    if not history.shape[2]:
+        return current
+    return torch.cat((history, current), 2) if current.shape[2] else history
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_scale: float) -> Tensor:
@@ -67,7 +76,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_sca
         (B, H, Q, D) in q's dtype.
     """
     logits = q.float() @ k.float().transpose(-1, -2) * softmax_scale
-    weights = logits.masked_fill(~valid.unsqueeze(2), -torch.inf).softmax(-1)
+    weights = logits.masked_fill(~valid.to(q.device).unsqueeze(2), -torch.inf).softmax(-1)
     return (weights @ v.float()).to(q.dtype)
 
 
@@ -92,7 +101,7 @@ def probability_chunks(
         part = slice(start, min(start + step, queries))
         logits = q[:, :, part].float() @ keys * softmax_scale
         if valid is not None:
-            logits = logits.masked_fill(~valid.unsqueeze(2), -torch.inf)
+            logits = logits.masked_fill(~valid.to(q.device).unsqueeze(2), -torch.inf)
         yield part, logits.softmax(-1)
 
 

@@ -96,7 +96,7 @@ class KVCache:
             keeps = list(self.policy.after_attend(visit))
             clock = self.ledger.spent("policy", clock)
             self._store(visit, before, keeps)
-        self.ledger.visited(self.pool.used, sum(table.index_bytes for table in self.tables))
+        self.ledger.visited(self.pool.used, self.pool.index_bytes + sum(t.index_bytes for t in self.tables))
         self.ledger.spent("pool", clock)
         self._visit = None
         return y
@@ -116,19 +116,17 @@ class KVCache:
 
     def view(self, layer: int) -> View:
         """Copies of keys and values of [cache, current], heads padded to equal length."""
-        table, shape = self.tables[layer], self.positions(layer).shape
-        k = self.pool.k.new_zeros(self.rows, shape[1], shape[2], self.geometry.head_dim)
-        v = torch.zeros_like(k)
-        for heads, slots in table.groups():
-            if slots.numel():
-                stored_k, stored_v = self.pool.read(slots)
-                width = slots.numel() // len(heads)
-                k[:, heads, :width] = stored_k.unflatten(1, (len(heads), width))
-                v[:, heads, :width] = stored_v.unflatten(1, (len(heads), width))
+        table, positions = self.tables[layer], self.positions(layer)
+        k = self.pool.k.new_zeros(self.rows, *positions.shape[1:], self.geometry.head_dim)
+        view = View(k, torch.zeros_like(k), positions)
+        self._working(view.tokens + len(table.slots))
+        for group in self._history(table):
+            width = group.k.shape[2]
+            view.k[:, group.heads, :width], view.v[:, group.heads, :width] = group.k, group.v
         if self._visit is not None and self._visit.layer == layer:
             count = self._visit.k.shape[2]
-            k[:, :, -count:], v[:, :, -count:] = self._visit.k, self._visit.v
-        return View(k, v, self.positions(layer))
+            view.k[:, :, -count:], view.v[:, :, -count:] = self._visit.k, self._visit.v
+        return view
 
     def _current_positions(self) -> Tensor:
         offsets = self.geometry.schedule.offsets
@@ -139,33 +137,41 @@ class KVCache:
     def _attend(self, visit: Visit, before: Keep | None) -> Tensor:
         table, count = self.tables[visit.layer], visit.k.shape[2]
         if before is not None:
-            return self._attend_selection(visit, self._mask_of(before))
-        lengths = [n + count for n in table.lengths]
-        self.ledger.attending(count, lengths, max(table.group_tokens(count), default=0))
+            return self._attend_selection(visit, before)
+        self.ledger.attending([n + count for n in table.lengths])
         if self.backend == "masked":
             view = self.view(visit.layer)
             return masked_attention(visit.q, view.k, view.v, view.valid, visit.softmax_scale)
-        return grouped_attention(visit.q, visit.k, visit.v, self._groups(table), visit.softmax_scale)
+        self._working(table.copied_tokens(count))
+        return grouped_attention(visit.q, visit.k, visit.v, self._history(table), visit.softmax_scale)
 
-    def _groups(self, table: LayerTable) -> Iterator[Group]:
-        for heads, slots in table.groups():
-            k, v = self.pool.read(slots)
-            yield Group(heads, k.unflatten(1, (len(heads), -1)) if slots.numel() else k.new_empty(self.rows, len(heads), 0, 1),
-                        v.unflatten(1, (len(heads), -1)) if slots.numel() else v)
-
-    def _attend_selection(self, visit: Visit, mask: Tensor) -> Tensor:
+    def _attend_selection(self, visit: Visit, keep: Keep) -> Tensor:
         """Attention of the current queries over a choice among [cache, current]; the current keys are ragged too."""
-        view = self.view(visit.layer)
-        if self.backend == "masked":
-            return masked_attention(visit.q, view.k, view.v, mask.expand(self.rows, -1, -1), visit.softmax_scale)
+        where = f"before_attend of layer {visit.layer} at scale {visit.scale}"
+        if keep.layer != visit.layer:
+            raise ValueError(f"{where} answered for layer {keep.layer}")
+        mask, view = self._mask_of(keep), self.view(visit.layer)
         counts = mask[0].sum(-1).tolist()
-        self.ledger.attending(visit.k.shape[2], counts, mask.shape[1] * mask.shape[2])
-        nothing = visit.k[:, :, :0], visit.v[:, :, :0]
-        groups = []
-        for count in sorted(set(counts)):
-            heads = [h for h, c in enumerate(counts) if c == count]
-            groups.append(Group(heads, *(_select(t, mask, heads, count) for t in (view.k, view.v))))
-        return grouped_attention(visit.q, *nothing, groups, visit.softmax_scale)
+        if min(counts) == 0:
+            raise ValueError(f"{where} leaves a head nothing to attend to")
+        self.ledger.attending(counts)
+        k, v = _replaced(view, keep)
+        if self.backend == "masked":
+            return masked_attention(visit.q, k, v, mask, visit.softmax_scale)
+        self._working(view.tokens + 2 * max(counts.count(n) * n for n in counts))
+        none = visit.k[:, :, :0]
+        return grouped_attention(visit.q, none, none, _selected_groups(k, v, mask, counts), visit.softmax_scale)
+
+    def _history(self, table: LayerTable) -> Iterator[Group]:
+        """Copies of a layer's stored tokens, group by group; holds on to none of them."""
+        for heads, slots in table.groups():
+            shape = (self.rows, len(heads), slots.numel() // len(heads), self.geometry.head_dim)
+            yield Group(heads, *(stored.view(shape) for stored in self.pool.read(slots)))
+
+    def _working(self, copied: int) -> None:
+        """Book the current scale and `copied` tokens (heads x tokens) as alive beside the pool."""
+        current = 0 if self._visit is None else self._visit.k.shape[1] * self._visit.k.shape[2]
+        self.ledger.working(current + copied)
 
     # ----------------------------------------------------------------------------------------------------- storage
 
@@ -175,15 +181,19 @@ class KVCache:
 
     def _store(self, visit: Visit, before: Keep | None, keeps: Iterable[Keep]) -> None:
         """Apply the decisions: other layers first, so that what they give back can be used here."""
-        own = before
+        decided = {} if before is None else {visit.layer: before}
         for keep in keeps:
-            if keep.layer != visit.layer:
-                self._apply(keep)
-            elif own is None:
-                own = keep
-            else:
-                raise ValueError(f"layer {visit.layer} at scale {visit.scale}: more than one Keep for the same tokens")
-        self._apply(own or Keep(visit.layer, segments=torch.ones(self.geometry.num_heads, self.geometry.num_scales, dtype=torch.bool)))
+            if keep.layer in decided:
+                raise ValueError(f"layer {keep.layer} at scale {visit.scale}: more than one Keep for the same tokens")
+            decided[keep.layer] = keep
+        own = decided.pop(visit.layer, None)
+        for keep in decided.values():
+            self._apply(keep)
+        if own is not None:
+            self._apply(own)
+        else:
+            columns = max(self.tables[visit.layer].lengths) + visit.k.shape[2]
+            self._drop_and_append(visit.layer, torch.ones(self.geometry.num_heads, columns, dtype=torch.bool))
 
     def _mask_of(self, keep: Keep) -> Tensor:
         """The decision as a bool mask (1 or B, H, N) without padding, checked."""
@@ -196,8 +206,10 @@ class KVCache:
         else:
             raise ValueError("Keep needs a mask or segments")
         if mask.shape[1:] != positions.shape[1:]:
-            raise ValueError(f"Keep of layer {keep.layer}: mask {tuple(mask.shape)} for tokens {tuple(positions.shape)}")
-        mask = mask & (positions >= 0)
+            raise ValueError(
+                f"Keep of layer {keep.layer}: mask {tuple(mask.shape)} for tokens {tuple(positions.shape)}"
+            )
+        mask = mask & (positions[:1] >= 0)  # rows are equally long
         counts = mask.sum(-1)
         if not bool((counts == counts[:1]).all()):
             raise ValueError(f"Keep of layer {keep.layer}: rows keep different numbers of tokens in a head")
@@ -205,47 +217,58 @@ class KVCache:
 
     def _apply(self, keep: Keep) -> None:
         mask = self._mask_of(keep)
-        if len(mask) == 1 and self.tables[keep.layer].shared and keep.k is None:
+        if len(mask) == 1 and keep.k is None and keep.v is None:
             self._drop_and_append(keep.layer, mask[0])
         else:
             self._rewrite(keep, mask)
 
     def _drop_and_append(self, layer: int, mask: Tensor) -> None:
-        """The same tokens leave in every row: their slots are given back, nothing moves."""
-        table, width = self.tables[layer], max(self.tables[layer].lengths)
-        table, dropped = table.filtered(mask[:, :width])
+        """The same columns leave in every row: their slots are given back, nothing moves."""
+        width = max(self.tables[layer].lengths)
+        table, dropped = self.tables[layer].filtered(mask[:, :width])
         self.pool.give(dropped)
         current = mask[:, width:]
         if current.any():
             slots = self.pool.take(int(current.sum()))
             visit = self._visit
             assert visit is not None  # only the visiting layer has a current scale
+            self._working(len(slots))
             if bool(current.all()):
-                k, v = visit.k.flatten(1, 2), visit.v.flatten(1, 2)
+                self.pool.write(slots, visit.k.flatten(1, 2), visit.v.flatten(1, 2))
             else:
                 chosen = current.to(visit.k.device)
-                k, v = visit.k[:, chosen], visit.v[:, chosen]
-            self.pool.write(slots, k, v)
+                self.pool.write(slots, visit.k[:, chosen], visit.v[:, chosen])
             table = table.appended(slots, self._current_positions(), current)
         self.tables[layer] = table
 
     def _rewrite(self, keep: Keep, mask: Tensor) -> None:
         """Rows keep different tokens, or tokens were merged: what is kept is compacted into the head's own slots."""
         view = self.view(keep.layer)
-        mask = mask.expand(self.rows, -1, -1)
+        rows = max(len(mask), len(view.positions))
+        mask, positions = mask.expand(rows, -1, -1), view.positions.expand(rows, -1, -1)
         counts = mask[0].sum(-1).tolist()
-        positions = view.positions.expand(self.rows, -1, -1)
-        parts = [_select(t, mask, range(len(counts)), None) for t in (
-            view.k if keep.k is None else keep.k, view.v if keep.v is None else keep.v)]
-        old = self.tables[keep.layer].slots
-        self.pool.give(old)
+        merged = sum(x is not None for x in (keep.k, keep.v)) * view.tokens // 2
+        self._working(view.tokens + merged + sum(counts))
+        k, v = (_chosen(x, mask) for x in _replaced(view, keep))
+        self.pool.give(self.tables[keep.layer].slots)
         slots = self.pool.take(sum(counts))
-        self.pool.write(slots, *parts)
-        self.tables[keep.layer] = LayerTable(tuple(counts), slots, positions[mask].view(self.rows, -1))
+        self.pool.write(slots, k, v)
+        self.tables[keep.layer] = LayerTable(tuple(counts), slots, positions[mask].view(rows, -1))
 
 
-def _select(x: Tensor, mask: Tensor, heads: Iterable[int], count: int | None) -> Tensor:
-    """Kept tokens of some heads: (B, H, N, D) -> (B, G, count, D), or (B, sum of counts, D) when counts differ."""
-    chosen = list(heads)
-    kept = x[:, chosen][mask.expand(len(x), -1, -1)[:, chosen].to(x.device)]
-    return kept.view(len(x), -1, x.shape[-1]) if count is None else kept.view(len(x), len(chosen), count, x.shape[-1])
+def _replaced(view: View, keep: Keep) -> tuple[Tensor, Tensor]:
+    """Keys and values of a view, or what a merging method puts in their place."""
+    return view.k if keep.k is None else keep.k, view.v if keep.v is None else keep.v
+
+
+def _selected_groups(k: Tensor, v: Tensor, mask: Tensor, counts: Sequence[int]) -> Iterator[Group]:
+    """Copies of the chosen tokens, heads with equally many together."""
+    for count in sorted(set(counts)):
+        heads = [h for h, c in enumerate(counts) if c == count]
+        shape = (len(k), len(heads), count, k.shape[-1])
+        yield Group(heads, *(_chosen(x[:, heads], mask[:, heads]).view(shape) for x in (k, v)))
+
+
+def _chosen(x: Tensor, mask: Tensor) -> Tensor:
+    """Tokens (B, H, N, D) chosen by a mask (B or 1, H, N) with equal counts in all rows -> (B, number chosen, D)."""
+    return x[mask.expand(len(x), -1, -1).to(x.device)].view(len(x), -1, x.shape[-1])

@@ -48,16 +48,13 @@ class Ledger:
         capacity = self.pool_bytes // (self.rows * self.geometry.bytes_per_token)
         return self.pool_bytes + capacity * self.rows * self.state_bytes
 
-    def attending(self, current: int, keys: Sequence[int], copied: int) -> None:
-        """A visit's attention is about to run.
-
-        Args:
-            current: tokens of the current scale, per head.
-            keys: keys that each head attends to.
-            copied: the most tokens (heads x keys) that attention copies at once.
-        """
+    def attending(self, keys: Sequence[int]) -> None:
+        """A visit's attention is about to run; `keys` that each head attends to."""
         self.attended_tokens += sum(keys)
-        transient = (self.geometry.num_heads * current + copied) * self.rows * self.geometry.bytes_per_token
+
+    def working(self, tokens: int) -> None:
+        """Keys and values of `tokens` (heads x tokens) are alive beside the pool: the current scale and copies."""
+        transient = tokens * self.rows * self.geometry.bytes_per_token
         self.work_peak = max(self.work_peak, self.alloc_bytes + transient)
 
     def visited(self, used_slots: int, index_bytes: int) -> None:

@@ -22,8 +22,8 @@ from heatkv_cli.core.scales import Geometry
 class View:
     """Tokens of one layer, heads side by side.
 
-    Shapes: k, v (B, H, N, D); positions int32 (B or 1, H, N), the index of a token in the whole sequence and -1 where
-    a shorter head is padded. Columns are [cache, current]; the current scale's tokens are the last ones.
+    Shapes: k, v (B, H, N, D); positions int32 (B or 1, H, N) on the host, the index of a token in the whole sequence
+    and -1 where a shorter head is padded. Columns are [cache, current]; the current scale's tokens are the last ones.
     """
 
     k: Tensor
@@ -34,6 +34,11 @@ class View:
     def valid(self) -> Tensor:
         """bool (B or 1, H, N): real tokens."""
         return self.positions >= 0
+
+    @property
+    def tokens(self) -> int:
+        """H * N: what the copies weigh, padding included."""
+        return self.positions.shape[1] * self.positions.shape[2]
 
 
 class Candidates(Protocol):
@@ -96,7 +101,8 @@ class Keep:
         mask: bool (H, N), the same for all rows, or (B, H, N) with equally many kept tokens per head in every row;
             columns as in `View`. For the visiting layer they include the current scale, for others the cache alone.
         segments: bool (H, K) by source scale: whole atoms, no look at tokens needed.
-        k, v: (B, H, N, D) that replace keys and values of the kept tokens (merging methods).
+        k, v: (B, H, N, D) that replace keys and values of the kept tokens (merging methods), in storage and, where the
+            Keep was made before attention, in attention too.
     """
 
     layer: int
@@ -165,4 +171,6 @@ class Method:
 class Observer(Protocol):
     """Sees every visit right after its attention, the last scale's included; changes nothing."""
 
-    def observe(self, visit: Visit) -> None: ...
+    def observe(self, visit: Visit) -> None:
+        """One visit. What it copies with `visit.view()` is charged to beta_work like a policy's copies."""
+        ...

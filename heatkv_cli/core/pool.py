@@ -37,6 +37,7 @@ class KVPool:
 
     @property
     def capacity(self) -> int:
+        """Slots there are, free or not."""
         return self.k.shape[1]
 
     @property
@@ -51,7 +52,13 @@ class KVPool:
 
     @property
     def allocated_bytes(self) -> int:
+        """Bytes of `k` and `v`."""
         return self.capacity * self.slot_bytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the free list: metadata."""
+        return 4 * self.capacity
 
     def take(self, count: int) -> Tensor:
         """Slots for `count` tokens, int32 on the host.

@@ -35,7 +35,7 @@ class AttentionStatistics:
         shape = (prompts, geometry.num_layers, geometry.num_heads)
         K = geometry.num_scales
         self._top, self._last = asi_top, K - 1
-        self._source = geometry.schedule.scale_table()
+        self._source, self._offsets = geometry.schedule.scale_table(), geometry.schedule.offsets
         self.scas = torch.full((*shape, K, K), torch.nan, dtype=torch.float64)
         self.variance = torch.zeros(shape, dtype=torch.float64)
         self.asi = torch.full((prompts, geometry.num_layers, K), torch.nan, dtype=torch.float64)
@@ -43,9 +43,15 @@ class AttentionStatistics:
         self.history_mass = torch.zeros(*shape, K, dtype=torch.float64)
 
     def observe(self, visit: Visit) -> None:
-        """Add one visit. Every head must hold its whole history: statistics of a compressed cache are others."""
+        """Add one visit.
+
+        Raises:
+            ValueError: a head does not hold its whole history; statistics of a compressed cache are others.
+        """
         view, t, layer = visit.view(), visit.scale, visit.layer
-        past = view.k.shape[2] - visit.k.shape[2]
+        past = self._offsets[t]
+        if view.k.shape[2] != self._offsets[t + 1] or not bool(view.valid.all()):
+            raise ValueError(f"attention statistics need the full cache; layer {layer} has lost tokens at scale {t}")
         q, k = visit.q[visit.cond], view.k[visit.cond]
         rows, heads, queries, _ = q.shape
         mass = torch.zeros(rows, heads, k.shape[2], dtype=torch.float64)

@@ -26,12 +26,8 @@ class LayerTable:
 
     @classmethod
     def empty(cls, heads: int) -> LayerTable:
+        """A table of `heads` heads without tokens."""
         return cls((0,) * heads, torch.empty(0, dtype=torch.int32), torch.empty(1, 0, dtype=torch.int32))
-
-    @property
-    def shared(self) -> bool:
-        """All rows hold the same tokens."""
-        return len(self.positions) == 1
 
     @property
     def index_bytes(self) -> int:
@@ -46,9 +42,18 @@ class LayerTable:
             slots = self.slots if len(heads) == len(parts) else torch.cat([parts[h] for h in heads])
             yield heads, slots
 
-    def group_tokens(self, current: int) -> list[int]:
-        """Tokens (heads x keys) that attention copies together, per group, with `current` tokens after each history."""
-        return [self.lengths.count(n) * (n + current) for n in set(self.lengths) if n]
+    def copied_tokens(self, current: int) -> int:
+        """The most tokens (heads x keys) that attention over [history, `current` tokens] copies at once.
+
+        Per group: its history out of the pool, history and current joined, and, where the group is not the whole
+        layer, its heads' share of the current scale.
+        """
+        most = 0
+        for length in set(self.lengths):
+            heads = self.lengths.count(length)
+            joined = 2 * length + current if length else 0
+            most = max(most, heads * (joined + (current if heads < len(self.lengths) else 0)))
+        return most
 
     def padded_positions(self) -> Tensor:
         """int32 (1 or rows, H, longest), -1 behind the end of shorter heads."""

@@ -45,7 +45,9 @@ class Streaming(Method):
             raise BudgetError(
                 f"method streaming: {sink} sink tokens are the whole cache of {geometry.model}", "lower method.sink"
             )
-        budget.require(Fraction(min(sink + 1, geometry.schedule.peak_tokens), geometry.schedule.peak_tokens), geometry, "streaming")
+        budget.require(
+            Fraction(min(sink + 1, geometry.schedule.peak_tokens), geometry.schedule.peak_tokens), geometry, "streaming"
+        )
         return _Streaming(geometry, sink, cap)
 
 

@@ -146,3 +146,34 @@ def _resampled_means(
         index = rng.integers(0, n, size=(min(rows, resamples - start), n))
         out[start : start + len(index)] = sums[index].sum(1) / counts[index].sum(1)
     return out
+
+
+def crossed_interval(
+    differences: NDArray[np.floating], *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """Mean of paired differences of one method against several seeds of another, resampling both.
+
+    Prompts and seeds are crossed: every seed saw every prompt. Each bootstrap repetition draws prompts and, on its own,
+    seeds with replacement; so the interval covers what other prompts and what other seeds would have given.
+
+    Args:
+        differences: (seeds, prompts); nan where a pair has no difference (identical images).
+        resamples, confidence, seed: as in ``bootstrap_interval``.
+
+    Raises:
+        ValueError: fewer than two prompts or seeds, or a prompt or seed without any difference.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    valid = np.isfinite(data)
+    if data.ndim != 2 or min(data.shape) < 2 or not (valid.any(0).all() and valid.any(1).all()):
+        raise ValueError(f"expected (seeds, prompts) with at least two of each, got {data.shape}")
+    rng = np.random.default_rng(seed)
+    num_seeds, num_prompts = data.shape
+    seeds = rng.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=resamples).astype(np.float64)
+    prompts = rng.multinomial(num_prompts, [1 / num_prompts] * num_prompts, size=resamples).astype(np.float64)
+    sums = ((seeds @ np.where(valid, data, 0.0)) * prompts).sum(1)
+    counts = ((seeds @ valid.astype(np.float64)) * prompts).sum(1)
+    draws = sums / counts
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Interval(float(data[valid].mean()), float(draws.std(ddof=1)), float(low), float(high), int(valid.sum()))

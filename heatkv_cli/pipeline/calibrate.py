@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from heatkv_cli.console import Console
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.policy import Policy
-from heatkv_cli.core.stability import Stability, half_split_stability
+from heatkv_cli.core.stability import Stability, compare_calibrations, half_split_stability
 from heatkv_cli.core.statistics import AttentionStatistics, concatenate
 from heatkv_cli.pipeline import setup
 from heatkv_cli.results import finish_meta, write_meta
@@ -22,14 +23,23 @@ FILE = "calibration.safetensors"
 
 def run(plan: Plan, ui: Console) -> dict[str, Any]:
     """Calibrate every model of the plan; returns paths and stability of the last."""
+    reports = []
     for cfg in plan.runs:
-        path = calibration_path(cfg, ui)
-        calibration = Calibration.load(path, setup.geometry_of(cfg.model))
+        geometry, path = setup.geometry_of(cfg.model), calibration_path(cfg, ui)
+        calibration = Calibration.load(path, geometry)
         stability = half_split_stability(calibration)
-        _report(calibration, stability, ui)
+        other = Calibration.load(
+            calibration_path(replace(cfg, calibration_prompts=cfg.calibration_check), ui), geometry
+        )
+        overlap = compare_calibrations(calibration, other)
+        _report(calibration, stability, overlap, cfg.calibration_check.name, ui)
         ui.wrote(path)
-        ui.next(f"heatkv build-schedule --model {cfg.model.name} budget=0.1")
-    return {"path": str(path.absolute()), "sha256": calibration.sha256, "stability": stability.as_dict()}
+        reports.append(
+            {"path": str(path.absolute()), "sha256": calibration.sha256, "check": cfg.calibration_check.name,
+             "stability": stability.as_dict(), "overlap": overlap.as_dict()}
+        )  # fmt: skip
+    ui.next(f"heatkv build-schedule --model {plan.first.model.name} budget=0.1")
+    return {**reports[0], "calibrations": reports}
 
 
 def calibration_path(cfg: RunConfig, ui: Console) -> Path:
@@ -84,20 +94,30 @@ def measure(cfg: RunConfig, files: dict[str, Path], weights: str, ui: Console) -
         seeds=tuple(image.seed for image in images),
         sampling=cfg.model.sampling.per_scale(len(cfg.model.sizes)),
         weights_sha256=weights,
-        **concatenate(parts),
+        **concatenate(parts),  # type: ignore[arg-type]
     )
 
 
-def _report(calibration: Calibration, stability: Stability, ui: Console) -> None:
+def _report(calibration: Calibration, stability: Stability, overlap: Stability, check: str, ui: Console) -> None:
     scores = calibration.scores()
+    columns = ["source scale", "mean", "std", "max", "tau, half splits", f"tau, {check}"]
     rows = [
-        [source, f"{scores[i].mean():.4f}", f"{scores[i].std():.4f}", f"{scores[i].max():.4f}", _text(tau)]
-        for i, (source, tau) in enumerate(zip(calibration.geometry.sources, stability.tau, strict=True))
+        [
+            source,
+            f"{scores[i].mean():.4f}",
+            f"{scores[i].std():.4f}",
+            f"{scores[i].max():.4f}",
+            _text(tau),
+            _text(theirs),
+        ]
+        for i, (source, tau, theirs) in enumerate(
+            zip(calibration.geometry.sources, stability.tau, overlap.tau, strict=True)
+        )
     ]
     title = f"S-CAS per source scale over {calibration.geometry.heads} heads, {len(calibration.seeds)} prompts"
-    ui.table(["source scale", "mean", "std", "max", "Kendall tau (half splits)"], rows, title)
-    overlap = ", ".join(f"{float(b):.0%}: {_text(j)}" for b, j in stability.jaccard.items())
-    ui.say(f"removed sets of half splits agree (Jaccard): {overlap}")
+    ui.table(columns, rows, title)
+    rows = [[f"{float(b):.0%}", _text(j), _text(overlap.jaccard[b])] for b, j in stability.jaccard.items()]
+    ui.table(["budget", "half splits", check], rows, "Jaccard overlap of the removed sets")
 
 
 def _text(value: float | None) -> str:

@@ -139,16 +139,33 @@ def _write_scores(item: Evaluated) -> None:
     rows: list[Mapping[str, Any]] = [dict(zip(SCORE_COLUMNS, SCORE_COLUMNS, strict=True))]
     for metric, scores in item.scores.items():
         for image, score in zip(item.job.images, scores, strict=False):
-            rows.append({"image_id": image.image_id, "metric": metric, "value": score.value,
-                         "stratum": score.stratum, "note": score.note})
+            rows.append(
+                {
+                    "image_id": image.image_id,
+                    "metric": metric,
+                    "value": score.value,
+                    "stratum": score.stratum,
+                    "note": score.note,
+                }
+            )
     write_file(item.job.folder / "scores.csv", encode_rows(rows, SCORE_COLUMNS))
 
 
 def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
     """Tidy rows: one per value of each metric, and one per cost."""
     job, cfg, facts = item.job, item.job.cfg, environment()
-    costs = {key: item.costs[key] for key in (
-        "beta_live", "beta_alloc", "beta_work", "beta_meta", "attended_tokens", "attended_ratio", "seconds_per_image")}
+    costs = {
+        key: item.costs[key]
+        for key in (
+            "beta_live",
+            "beta_alloc",
+            "beta_work",
+            "beta_meta",
+            "attended_tokens",
+            "attended_ratio",
+            "seconds_per_image",
+        )
+    }
     common = {
         "run_id": job.run_id, "created_utc": utc_now(), "git_sha": facts["git_sha"], "git_dirty": facts["git_dirty"],
         "heatkv_version": facts["heatkv_version"], "model": cfg.model.name, "weights_sha256": job.weights_sha256,
@@ -170,15 +187,30 @@ def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
                 "reference": cfg.reference.name if metric.kind == "paired" else None, **value.extra,
             }  # fmt: skip
     for stage in ("attention", "policy", "pool"):
-        yield {**common, "metric": f"{stage}_share", "metric_version": "1", "variant": "",
-               "value": item.costs.get(f"{stage}_share", math.nan), "n": job.shown, "unit": "fraction of the time",
-               "higher_is_better": False}
+        yield {
+            **common,
+            "metric": f"{stage}_share",
+            "metric_version": "1",
+            "variant": "",
+            "value": item.costs.get(f"{stage}_share", math.nan),
+            "n": job.shown,
+            "unit": "fraction of the time",
+            "higher_is_better": False,
+        }
 
 
 def _print_table(items: list[Evaluated], ui: Console) -> None:
     names = list(dict.fromkeys(name for item in items for name in item.values))
     units = {name: metric.unit for item in items for name, metric in _metrics(item.job.cfg).items()}
-    columns = ["method", "budget", "beta_alloc", "attended", *(f"{n} ({units[n]})" for n in names), "ms/img", "attention"]
+    columns = [
+        "method",
+        "budget",
+        "beta_alloc",
+        "attended",
+        *(f"{n} ({units[n]})" for n in names),
+        "ms/img",
+        "attention",
+    ]
     rows = []
     for item in items:
         cfg, costs = item.job.cfg, item.costs
@@ -189,7 +221,11 @@ def _print_table(items: list[Evaluated], ui: Console) -> None:
             f"{costs['attended_ratio']:.3f}", *cells, f"{1000 * costs['seconds_per_image']:.0f}",
             f"{costs.get('attention_share', math.nan):.0%}",
         ])  # fmt: skip
-    ui.table(columns, rows, f"{items[0].job.cfg.model.name}, {items[0].job.shown} images of {items[0].job.cfg.benchmark.name}")
+    ui.table(
+        columns,
+        rows,
+        f"{items[0].job.cfg.model.name}, {items[0].job.shown} images of {items[0].job.cfg.benchmark.name}",
+    )
 
 
 def _cell(value: Value) -> str:
@@ -204,5 +240,10 @@ def _summary(item: Evaluated) -> dict[str, Any]:
         name: [{"variant": v.variant, "value": v.value, "low": v.low, "high": v.high, "n": v.n, **v.extra} for v in vs]
         for name, vs in item.values.items()
     }
-    return {"run_id": item.job.run_id, "method": item.job.cfg.method.name, "budget": item.job.cfg.budget_label,
-            "costs": item.costs, "metrics": values}
+    return {
+        "run_id": item.job.run_id,
+        "method": item.job.cfg.method.name,
+        "budget": item.job.cfg.budget_label,
+        "costs": item.costs,
+        "metrics": values,
+    }

@@ -129,8 +129,13 @@ def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | 
     cfg, shard = job.cfg, job.cfg.shard
     batches = setup.batches_of(job.images, cfg.runtime.batch_size)[shard[0] :: shard[1]]
     write_meta(
-        job.folder, config_hash=job.digest, config=cfg.plain(), run_id=job.run_id, weights_sha256=job.weights_sha256,
-        schedule_sha256=job.schedule.sha256 if job.schedule else None, prompts_sha256=job.prompts_sha256,
+        job.folder,
+        config_hash=job.digest,
+        config=cfg.plain(),
+        run_id=job.run_id,
+        weights_sha256=job.weights_sha256,
+        schedule_sha256=job.schedule.sha256 if job.schedule else None,
+        prompts_sha256=job.prompts_sha256,
     )
     ui.log_to(job.folder)
     traces = None if reference is None else RunFolder.reading(reference.folder / FREE)
@@ -174,13 +179,25 @@ def _make(
             f"out of GPU memory with batch size {len(batch)}", f"runtime.batch_size={max(1, len(batch) // 2)}"
         ) from error
     numbers = {**_costs(cache.ledger, seconds, len(batch))}
-    common = {"batch": batch[0].image_id, "seconds": seconds / len(batch), "kv_peak_bytes": cache.ledger.live_peak,
-              "kv_resident_bytes": cache.ledger.alloc_bytes, "status": "ok",
-              "cuda_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
-    rows, files = [], {}
+    common = {
+        "batch": batch[0].image_id,
+        "seconds": seconds / len(batch),
+        "kv_peak_bytes": cache.ledger.live_peak,
+        "kv_resident_bytes": cache.ledger.alloc_bytes,
+        "status": "ok",
+        "cuda_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    }
+    rows: list[dict[str, Any]] = []
+    files: dict[str, bytes] = {}
     for i, image in enumerate(batch):
-        row = {**common, "image_id": image.image_id, "prompt_id": image.item.id, "sample": image.sample,
-               "prompt": image.item.prompt, "seed": image.seed}
+        row: dict[str, Any] = {
+            **common,
+            "image_id": image.image_id,
+            "prompt_id": image.item.id,
+            "sample": image.sample,
+            "prompt": image.item.prompt,
+            "seed": image.seed,
+        }
         own = dict(numbers)
         if pixels is not None:
             row |= {"file": f"{image.image_id}.png", "height": pixels.shape[1], "width": pixels.shape[2]}
@@ -200,7 +217,12 @@ def new_cache(job: Job, model: ImageModel, batch: int) -> KVCache:
     rows = model.rows(batch, setup.sampling_of(cfg.model))
     policy = setup.method_of(cfg.method).policy(model.geometry, setup.budget_of(cfg), job.schedule, rows)
     return KVCache(
-        model.geometry, policy, rows, batch, getattr(torch, cfg.model.dtype), setup.device_of(cfg),
+        model.geometry,
+        policy,
+        rows,
+        batch,
+        getattr(torch, cfg.model.dtype),
+        setup.device_of(cfg),
         setup.backend_of(cfg),
     )
 

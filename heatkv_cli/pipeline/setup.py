@@ -34,8 +34,13 @@ class Image:
 def geometry_of(config: ModelConfig) -> Geometry:
     """Shape of the KV cache; no weights are touched."""
     return Geometry(
-        config.name, config.num_layers, config.num_heads, config.head_dim, ScaleSchedule(config.sizes),
-        config.sink_scales, config.dtype_bytes,
+        config.name,
+        config.num_layers,
+        config.num_heads,
+        config.head_dim,
+        ScaleSchedule(config.sizes),
+        config.sink_scales,
+        config.dtype_bytes,
     )
 
 

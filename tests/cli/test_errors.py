@@ -166,6 +166,15 @@ def test_interrupt_says_how_to_go_on(stage: Any, tmp_path: Path, capsys: Capture
     assert "Traceback" not in said
 
 
+def test_interrupt_before_anything_is_known(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("heatkv_cli.config.compose", interrupt)
+    assert cli.run(["eval", "method=heatkv", "--out", str(tmp_path)]) == 130
+    assert f"next: heatkv eval --out={tmp_path} method=heatkv" in capsys.readouterr().err
+
+
 def test_bug_leaves_a_trace_in_the_log(stage: Any, tmp_path: Path, capsys: Capture) -> None:
     stage(RuntimeError("odd"))
     assert cli.run(["eval", "--out", str(tmp_path)]) == 1

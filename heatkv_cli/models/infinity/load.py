@@ -34,8 +34,16 @@ def save_bundle(path: Path, parts: Mapping[str, nn.Module], words: list[str], ma
 
 
 def load_bundled(
-    geometry: Geometry, files: Mapping[str, Path], device: str, width: int, block_chunks: int, text_channels: int,
-    text_layers: int, rope_base: tuple[int, int], rope_mode: int, tokenizer: dict[str, Any],
+    geometry: Geometry,
+    files: Mapping[str, Path],
+    device: str,
+    width: int,
+    block_chunks: int,
+    text_channels: int,
+    text_layers: int,
+    rope_base: tuple[int, int],
+    rope_mode: int,
+    tokenizer: dict[str, Any],
 ) -> InfinityModel:
     """The bundled model, computed in float32.
 
@@ -58,7 +66,7 @@ def load_bundled(
         words, max_words = list(header["words"]), int(header["max_words"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ArtifactError(f"{path} is not a bundled model: {error}", "install heatkv again") from error
-    shape = TokenizerConfig(**{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in tokenizer.items()})
+    shape = TokenizerConfig(**{**tokenizer, "multipliers": tuple(tokenizer["multipliers"])})
     config = InfinityConfig(
         geometry.num_layers, width, geometry.num_heads, block_chunks, Codes(shape.bits), text_channels, max_words
     )
@@ -80,8 +88,10 @@ def _fill(path: Path, module: nn.Module, tensors: dict[str, torch.Tensor]) -> No
     try:
         missing, unexpected = module.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
-        raise ArtifactError(f"{path} does not fit the model's config: {str(error).splitlines()[-1].strip()}",
-                            "check the sizes in conf/model") from error
+        raise ArtifactError(
+            f"{path} does not fit the model's config: {str(error).splitlines()[-1].strip()}",
+            "check the sizes in conf/model",
+        ) from error
     missing = [name for name in missing if not name.endswith("zero_k_bias")]  # zero by definition
     if missing or unexpected:
         raise ArtifactError(f"{path}: missing {missing[:3]}, unexpected {unexpected[:3]}", "check the model's config")

@@ -36,8 +36,13 @@ class InfinityModel:
     """
 
     def __init__(
-        self, geometry: Geometry, transformer: Infinity, tokenizer: Tokenizer, text: TextEncoder | None,
-        rope_base: tuple[int, int], rope_mode: int = 2,
+        self,
+        geometry: Geometry,
+        transformer: Infinity,
+        tokenizer: Tokenizer,
+        text: TextEncoder | None,
+        rope_base: tuple[int, int],
+        rope_mode: int = 2,
     ):
         self.geometry, self.transformer, self.tokenizer, self.text = geometry, transformer, tokenizer, text
         self.codes = transformer.config.codes

@@ -1,4 +1,7 @@
-"""From bit logits to bits. Source: FoundationVision/Infinity @ 4c27bbb, `sample_with_top_k_top_p_also_inplace_modifying_logits_`."""
+"""From bit logits to bits.
+
+Source: FoundationVision/Infinity @ 4c27bbb, `sample_with_top_k_top_p_also_inplace_modifying_logits_`.
+"""
 
 from __future__ import annotations
 

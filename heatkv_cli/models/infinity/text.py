@@ -53,7 +53,8 @@ class WordEncoder(nn.Module):
             if word not in self.ids:
                 raise ConfigError(
                     f"prompt {prompt!r}: the bundled model does not know the word {word!r}",
-                    did_you_mean(word, self.words[2:]) or f"its {len(self.words) - 2} words: {' '.join(self.words[2:])}",
+                    did_you_mean(word, self.words[2:])
+                    or f"its {len(self.words) - 2} words: {' '.join(self.words[2:])}",
                 )
         if len(words) > self.max_words:
             raise ConfigError(

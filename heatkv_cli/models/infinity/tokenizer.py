@@ -230,7 +230,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, image: Tensor, sizes: list[Size]) -> tuple[Tensor, list[Tensor]]:
-        """RGB in [-1, 1] -> summed codes (B, d, H, W) and bits per scale, each (B, h, w, d); `sizes` are latent grids."""
+        """RGB in [-1, 1] -> summed codes (B, d, H, W) and bits per scale (B, h, w, d); `sizes` are latent grids."""
         return quantise(self.encoder(image), sizes, Codes(self.config.bits))
 
     @torch.no_grad()

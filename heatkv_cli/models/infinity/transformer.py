@@ -111,6 +111,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class SelfAttention(nn.Module):
     """Cosine attention with one learned temperature a head; softmax scale 1."""
 
+    zero_k_bias: Tensor
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -132,6 +134,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
+    zero_k_bias: Tensor
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -203,6 +207,8 @@ class _TextNorm(nn.Module):
 class _PoolAttention(nn.Module):
     """One learned query a head over the text; gives the start token and the modulation vector."""
 
+    zero_k_bias: Tensor
+
     def __init__(self, channels: int, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -220,13 +226,22 @@ class _PoolAttention(nn.Module):
         return linear(y.transpose(1, 2).flatten(1), self.proj.weight, self.proj.bias)
 
 
-class _Named(nn.Module):
-    """A module whose only child carries an official name."""
-
-    def __init__(self, **children: nn.Module):
+class _StartProjection(nn.Module):
+    def __init__(self, config: InfinityConfig):
         super().__init__()
-        for name, module in children.items():
-            self.add_module(name, module)
+        self.ca = _PoolAttention(config.text_channels, config.width, config.pool_heads)
+
+
+class _HeadModulation(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+
+class _Chunk(nn.Module):
+    def __init__(self, config: InfinityConfig, blocks: int):
+        super().__init__()
+        self.module = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(blocks))
 
 
 class Infinity(nn.Module):
@@ -236,23 +251,22 @@ class Infinity(nn.Module):
         super().__init__()
         self.config, c = config, config.width
         bits = config.codes.token_bits
-        self.cfg_uncond = nn.Parameter(torch.randn(config.text_length, config.text_channels) / config.text_channels**0.5)
+        self.cfg_uncond = nn.Parameter(
+            torch.randn(config.text_length, config.text_channels) / config.text_channels**0.5
+        )
         self.pos_start = nn.Parameter(torch.randn(1, 1, c) * 0.02)
         self.text_norm = _TextNorm(config.text_channels)
-        self.text_proj_for_sos = _Named(ca=_PoolAttention(config.text_channels, c, config.pool_heads))
+        self.text_proj_for_sos = _StartProjection(config)
         self.text_proj_for_ca = nn.Sequential(
             nn.Linear(config.text_channels, c), nn.GELU(approximate="tanh"), nn.Linear(c, c)
         )
         self.lvl_embed = nn.Embedding(LEVELS, c)
         self.word_embed = nn.Linear(bits, c)
         self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(c, 6 * c))
-        self.head_nm = _Named(ada_lin=nn.Sequential(nn.SiLU(), nn.Linear(c, 2 * c)))
+        self.head_nm = _HeadModulation(c)
         self.head = nn.Linear(c, 2 * bits)
         per_chunk = config.depth // config.block_chunks
-        self.block_chunks = nn.ModuleList(
-            _Named(module=nn.ModuleList(Block(c, config.heads, config.hidden) for _ in range(per_chunk)))
-            for _ in range(config.block_chunks)
-        )
+        self.block_chunks = nn.ModuleList(_Chunk(config, per_chunk) for _ in range(config.block_chunks))
 
     def layers(self) -> list[Block]:
         """Blocks in order, over all chunks."""
@@ -266,8 +280,7 @@ class Infinity(nn.Module):
         """Text features -> everything the blocks need of them (all rows, guidance rows included)."""
         mask, normed = text.mask(), self.text_norm(text.features)
         sos = self.text_proj_for_sos.ca(normed, mask).float()
-        first, act, second = self.text_proj_for_ca
-        projected = linear(act(linear(normed, first.weight, first.bias)), second.weight, second.bias)
+        projected = self.text_proj_for_ca(normed.to(self.text_proj_for_ca[0].weight.dtype))
         return Conditioning(
             sos=sos,
             ada=self.shared_ada_lin(sos.to(self.shared_ada_lin[1].weight.dtype)).float().unflatten(-1, (1, 6, -1)),
@@ -286,7 +299,12 @@ class Infinity(nn.Module):
         return linear(tokens, self.word_embed.weight, self.word_embed.bias).float()
 
     def blocks(
-        self, x: Tensor, levels: Tensor, cond: Conditioning, rope: Tensor, cache: Attend,
+        self,
+        x: Tensor,
+        levels: Tensor,
+        cond: Conditioning,
+        rope: Tensor,
+        cache: Attend,
         guide: dict[int, float] | None = None,
     ) -> Tensor:
         """All blocks over tokens of one or more scales.
@@ -318,6 +336,6 @@ class Infinity(nn.Module):
         return x
 
     def logits(self, hidden: Tensor, cond: Conditioning) -> Tensor:
-        """Hidden state of the first rows (R', N, C) -> bit logits (R', N, token_bits, 2), float32; [..., 1] is bit 1."""
+        """Hidden state of the first rows (R', N, C) -> float32 logits (R', N, token_bits, 2); [..., 1] is bit 1."""
         scale, shift = cond.head[: len(hidden)].unbind(2)
         return self.head(modulate(hidden, scale, shift)).float().unflatten(-1, (-1, 2))
