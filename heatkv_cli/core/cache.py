@@ -158,7 +158,8 @@ class KVCache:
         k, v = _replaced(view, keep)
         if self.backend == "masked":
             return masked_attention(visit.q, k, v, mask, visit.softmax_scale)
-        self._working(view.tokens + 2 * max(counts.count(n) * n for n in counts))
+        columns = view.positions.shape[2]
+        self._working(view.tokens + max(counts.count(n) * (columns + n) for n in counts))
         none = visit.k[:, :, :0]
         return grouped_attention(visit.q, none, none, _selected_groups(k, v, mask, counts), visit.softmax_scale)
 

@@ -7,7 +7,7 @@ picture of a scene (tests); on generated pictures it never abstains: every colou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -35,6 +35,7 @@ GROUNDS: dict[str, tuple[float, float, float]] = {
 }
 """Colours of the flat background, RGB in [0, 1]; none has a chroma, by which objects are told from it."""
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
+ORDER = "position_order"
 TASKS: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """GenEval's tasks, in its order."""
 
@@ -147,12 +148,21 @@ class ShapesScore:
             )
         if sample.image is None:
             raise ArtifactError(f"metric shapes: prompt {sample.prompt_id} has no image", "run 'heatkv generate' first")
-        decision = decide(detect(sample.image, self.min_chroma, self.min_area), sample.meta, self.rules)
+        detections = detect(sample.image, self.min_chroma, self.min_area)
+        decision = decide(detections, sample.meta, self.rules)
+        parts = {}
+        if any("position" in group for group in sample.meta["include"]):
+            anywhere = [{k: v for k, v in group.items() if k != "position"} for group in sample.meta["include"]]
+            if decide(detections, {**sample.meta, "include": anywhere}, self.rules).correct:
+                parts[ORDER] = float(decision.correct)
         task = str(sample.meta["tag"])
-        return Score(sample.prompt_id, sample.index, float(decision.correct), stratum=task, note=decision.reason)
+        return Score(sample.prompt_id, sample.index, float(decision.correct), task, parts, decision.reason)
 
     def summarise(self, scores: Sequence[Score], baseline: Sequence[Score] | None = None) -> list[Value]:
-        """Mean over tasks (headline) and the accuracy of each task.
+        """Mean over tasks (headline), the accuracy of each task, and the order of positions.
+
+        `position_order` is the share of right positions among the pictures that have the right objects: 0.25 to 0.5
+        by chance, whatever the objects are like.
 
         Raises:
             ValueError: no scores.
@@ -160,9 +170,11 @@ class ShapesScore:
         tasks = [task for task in TASKS if any(s.stratum == task for s in scores)]
         tasks += sorted({s.stratum for s in scores} - set(tasks))
         by_task = [(task, [s for s in scores if s.stratum == task]) for task in tasks]
+        placed = [replace(s, value=s.parts[ORDER]) for s in scores if ORDER in s.parts]
         return [
             self._value("", scores, baseline, {"tasks": len(tasks)}),
             *(self._value(task, chosen, baseline, {}) for task, chosen in by_task),
+            *([self._value(ORDER, placed, None, {})] if placed else []),
         ]
 
     def _value(

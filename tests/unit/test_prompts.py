@@ -7,11 +7,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import make_shapes_prompts as maker
 import pytest
-import shapes_world as world
 import yaml
 
+import make_shapes_prompts as maker
+import shapes_world as world
 from heatkv_cli.benchmarks.base import ASSETS, Benchmark, PromptItem, PromptSet, load_prompts
 from heatkv_cli.errors import ConfigError, HeatKVError, SetupError
 

@@ -8,8 +8,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import shapes_world as world
 
+import shapes_world as world
 from heatkv_cli.metrics import shapes
 from heatkv_cli.metrics.base import Sample
 
@@ -191,3 +191,23 @@ def test_same_seed_same_batch_and_another_side() -> None:
     small = world.render(scenes, side=40)
     coarse = first.unflatten(2, (40, 2)).unflatten(4, (40, 2)).mean((3, 5))
     assert (small - coarse).abs().mean() < 0.01
+
+
+def test_order_is_counted_among_pictures_with_the_right_objects() -> None:
+    rng = random.Random(5)
+    metric, scores = shapes.ShapesScore(resamples=10), []
+    for number, swap in enumerate((False, True, False)):
+        scene = world.sample(rng, "position", "a")
+        meta = world.metadata(scene)
+        if swap:
+            opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+            relation, index = meta["include"][1]["position"]
+            meta["include"][1]["position"] = [opposite[relation], index]
+        elif number == 2:
+            meta["include"][0]["class"] = "hexagon"
+        image = world.render([scene])[0].permute(1, 2, 0).mul(255).round().byte().numpy()
+        scores.append(metric.score(Sample(str(number), meta=meta, image=image)))
+    assert [dict(s.parts) for s in scores] == [{"position_order": 1.0}, {"position_order": 0.0}, {}]
+    values = {value.variant: value for value in metric.summarise(scores)}
+    assert (values["position_order"].value, values["position_order"].n) == (0.5, 2)
+    assert values["position"].value == pytest.approx(1 / 3)

@@ -1,0 +1,320 @@
+"""The cache against a slow model of it, on a thousand random sequences of decisions.
+
+`Slow` is a dictionary (layer, head, row) -> list of tokens with their keys and values; it attends with one float64
+softmax per row, head and query. A scripted policy draws decisions of every kind a method may take, and both execute
+them: attention outputs (both back ends), stored tokens and used slots must agree after every visit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from heatkv_cli.core.cache import KVCache
+from heatkv_cli.core.policy import Keep, Policy, Visit
+from heatkv_cli.core.scales import Geometry, ScaleSchedule
+
+LOGIT = 30.0  # design.md 10: the tolerances hold up to here
+TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 0.0}}
+
+
+class Token(NamedTuple):
+    position: int
+    k: Tensor  # (D,)
+    v: Tensor
+
+
+Columns = list[list[list[int]]]  # [row][head] -> indices into (stored tokens + current tokens) of that head
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A Keep, and what it means for the slow model."""
+
+    keep: Keep
+    columns: Columns
+    merged: list[list[dict[int, tuple[Tensor, Tensor]]]] | None = None  # [row][head][column] -> new k, v
+
+
+@dataclass
+class Slow:
+    """The literal cache."""
+
+    geometry: Geometry
+    rows: int
+    stored: dict[tuple[int, int, int], list[Token]] = field(default_factory=dict)
+
+    def tokens(self, layer: int, head: int, row: int) -> list[Token]:
+        return self.stored.setdefault((layer, head, row), [])
+
+    def length(self, layer: int, head: int) -> int:
+        lengths = {len(self.tokens(layer, head, row)) for row in range(self.rows)}
+        assert len(lengths) == 1
+        return lengths.pop()
+
+    def used(self) -> int:
+        g = self.geometry
+        return sum(self.length(layer, head) for layer in range(g.num_layers) for head in range(g.num_heads))
+
+    def chosen(self, layer: int, head: int, row: int, current: list[Token], decision: Decision | None) -> list[Token]:
+        everything = self.tokens(layer, head, row) + current
+        if decision is None:
+            return everything
+        out = []
+        for column in decision.columns[row][head]:
+            token = everything[column]
+            if decision.merged is not None:
+                token = Token(token.position, *decision.merged[row][head][column])
+            out.append(token)
+        return out
+
+
+def current_tokens(visit: Visit, head: int, row: int) -> list[Token]:
+    start = visit.geometry.schedule.offsets[visit.scale]
+    return [Token(start + i, visit.k[row, head, i], visit.v[row, head, i]) for i in range(visit.k.shape[2])]
+
+
+def literal_attention(q: Tensor, tokens: list[Token], softmax_scale: float) -> Tensor:
+    """q (N, D) over some tokens, float64."""
+    k, v = (torch.stack([token[part] for token in tokens]).double() for part in (1, 2))
+    return (q.double() @ k.T * softmax_scale).softmax(-1) @ v
+
+
+class Script:
+    """Draws decisions of every kind from what the slow model holds."""
+
+    def __init__(self, slow: Slow, dice: random.Random):
+        self.slow, self.dice, self.generator = slow, dice, torch.Generator().manual_seed(dice.getrandbits(40))
+
+    def decide(self, layer: int, scale: int, visit: Visit | None, nonempty: bool = False) -> Decision:
+        """A decision for a layer; `visit` where it is the visiting one, whose current scale is among the columns."""
+        kind = self.dice.choice(["shared", "shared", "rows", "merged", "segments", "segments", "everything"])
+        current = 0 if visit is None else visit.k.shape[2]
+        lengths = [self.slow.length(layer, h) for h in range(self.slow.geometry.num_heads)]
+        if kind == "segments" and not nonempty:
+            decision = self._segments(layer, scale, visit)
+            if decision is not None:
+                return decision
+        columns = self._columns([n + current for n in lengths], kind, nonempty)
+        mask = self._mask(columns, lengths, current)
+        if kind == "merged":
+            return self._merged(layer, mask, columns, lengths)
+        return Decision(Keep(layer, mask=mask if kind == "rows" else mask[0]), columns)
+
+    def _columns(self, counts: list[int], kind: str, nonempty: bool) -> Columns:
+        """Equally many tokens of a head in every row; the same ones unless the rows differ. Heads often agree."""
+        rows = range(self.slow.rows)
+        share, out = self.dice.choice([0.0, 0.3, 0.7, 1.0]), []
+        for count in counts:
+            kept = (
+                count if kind == "everything" else round(count * self.dice.choice([share, share, self.dice.random()]))
+            )
+            kept = max(kept, int(nonempty))
+            same = sorted(self.dice.sample(range(count), kept))
+            differ = kind == "rows" or (kind == "merged" and self.dice.random() < 0.5)
+            out.append([sorted(self.dice.sample(range(count), kept)) if differ else same for _ in rows])
+        return [[out[h][row] for h in range(len(counts))] for row in rows]
+
+    def _mask(self, columns: Columns, lengths: list[int], current: int) -> Tensor:
+        """(B, H, padded columns); what it says about padding must not matter."""
+        width = max(lengths)
+        mask = torch.zeros(len(columns), len(lengths), width + current, dtype=torch.bool)
+        for row, per_head in enumerate(columns):
+            for h, kept in enumerate(per_head):
+                mask[row, h, lengths[h] : width] = self.dice.random() < 0.5 if row == 0 else mask[0, h, width - 1]
+                mask[row, h, [c if c < lengths[h] else width + c - lengths[h] for c in kept]] = True
+        return mask
+
+    def _merged(self, layer: int, mask: Tensor, columns: Columns, lengths: list[int]) -> Decision:
+        shape, width = (*mask.shape, self.slow.geometry.head_dim), max(lengths)
+        dtype = self.dtype
+        k, v = (torch.randn(shape, generator=self.generator).to(dtype) for _ in range(2))
+        merged = [
+            [
+                {
+                    c: (k[row, h, at], v[row, h, at])
+                    for c in kept
+                    for at in [c if c < lengths[h] else width + c - lengths[h]]
+                }
+                for h, kept in enumerate(per_head)
+            ]
+            for row, per_head in enumerate(columns)
+        ]
+        same = all(per_head == columns[0] for per_head in columns)
+        return Decision(Keep(layer, mask=mask[0] if same else mask, k=k, v=v), columns, merged)
+
+    def _segments(self, layer: int, scale: int, visit: Visit | None) -> Decision | None:
+        """Whole source scales; None where rows would keep different numbers of tokens."""
+        g = self.slow.geometry
+        segments = torch.tensor([[self.dice.random() < 0.6 for _ in range(g.num_scales)] for _ in range(g.num_heads)])
+        offsets = g.schedule.offsets
+        columns: Columns = []
+        for row in range(self.slow.rows):
+            per_head = []
+            for h in range(g.num_heads):
+                positions = [token.position for token in self.slow.tokens(layer, h, row)]
+                positions += range(offsets[scale], offsets[scale + 1]) if visit is not None else []
+                source = [max(s for s in range(g.num_scales) if offsets[s] <= p) for p in positions]
+                per_head.append([i for i, s in enumerate(source) if segments[h, s]])
+            columns.append(per_head)
+        if any([len(c) for c in per_head] != [len(c) for c in columns[0]] for per_head in columns):
+            return None
+        return Decision(Keep(layer, segments=segments), columns)
+
+    dtype = torch.float32
+
+
+class Scripted(Policy):
+    """Plays back the decisions of one visit."""
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity)
+        self.before: Decision | None = None
+        self.after: list[Decision] = []
+
+    def before_attend(self, visit: Visit) -> Keep | None:
+        return None if self.before is None else self.before.keep
+
+    def after_attend(self, visit: Visit) -> Iterable[Keep]:
+        return [decision.keep for decision in self.after]
+
+
+@dataclass
+class Run:
+    """One generation, on the slow model and on both back ends."""
+
+    geometry: Geometry
+    rows: int
+    dtype: torch.dtype
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.dice = random.Random(self.seed)
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.slow = Slow(self.geometry, self.rows)
+        self.script = Script(self.slow, self.dice)
+        self.script.dtype = self.dtype
+        self.policies = [Scripted(self.geometry.full_tokens) for _ in range(2)]
+        self.caches = [
+            KVCache(self.geometry, policy, self.rows, self.rows, self.dtype, backend=backend)
+            for policy, backend in zip(self.policies, ("grouped", "masked"), strict=True)
+        ]
+
+    def generate(self) -> None:
+        for scale in range(self.geometry.num_scales):
+            for layer in range(self.geometry.num_layers):
+                self.visit(layer, scale)
+                self.check_storage()
+            for cache in self.caches:
+                cache.end_scale()
+        for cache in self.caches:
+            assert cache.pool.used == 0
+            assert sorted(cache.pool.take(cache.pool.capacity).tolist()) == list(range(cache.pool.capacity))
+
+    def draw(self, layer: int, scale: int) -> Visit:
+        g = self.geometry
+        shape = (self.rows, g.num_heads, g.schedule.lengths[scale], g.head_dim)
+        q, k, v = (torch.randn(shape, generator=self.generator).to(self.dtype) for _ in range(3))
+        longest = 5.0 if self.dtype == torch.float32 else 4.0
+        largest = float(q.float().norm(dim=-1).max()) * max(longest, float(k.float().norm(dim=-1).max()))
+        largest = max(
+            largest, *(float((q.float() * token.k.float()).sum(-1).abs().max()) for token in self._held(layer)), 1
+        )
+        return Visit(layer, scale, q, k, v, self.dice.random() * LOGIT / largest, slice(None), g, self.caches[0])
+
+    def _held(self, layer: int) -> list[Token]:
+        return [t for (at, _, _), tokens in self.slow.stored.items() if at == layer for t in tokens]
+
+    def visit(self, layer: int, scale: int) -> None:
+        visit, last = self.draw(layer, scale), scale == self.geometry.num_scales - 1
+        before = self.script.decide(layer, scale, visit, nonempty=True) if self.dice.random() < 0.25 else None
+        after = [] if last else self.after(visit, before)
+        outputs = []
+        for cache, policy in zip(self.caches, self.policies, strict=True):
+            policy.before, policy.after = before, after
+            outputs.append(cache.attend(layer, visit.q, visit.k, visit.v, visit.softmax_scale))
+        self.check_outputs(visit, before, outputs)
+        own = next((decision for decision in after if decision.keep.layer == layer), before)
+        for head in range(self.geometry.num_heads):
+            for row in range(self.rows):
+                current = current_tokens(visit, head, row)
+                kept = [] if last else self.slow.chosen(layer, head, row, current, own)
+                for decision in after:
+                    other = decision.keep.layer
+                    if other != layer:
+                        self.slow.stored[other, head, row] = self.slow.chosen(other, head, row, [], decision)
+                self.slow.stored[layer, head, row] = kept
+
+    def after(self, visit: Visit, before: Decision | None) -> list[Decision]:
+        """Decisions for the visiting layer, and now and then for others, in any order."""
+        decisions = []
+        if before is None and self.dice.random() < 0.85:
+            decisions.append(self.script.decide(visit.layer, visit.scale, visit))
+        for other in range(self.geometry.num_layers):
+            if other != visit.layer and self.dice.random() < 0.3:
+                decisions.append(self.script.decide(other, visit.scale, None))
+        self.dice.shuffle(decisions)
+        return decisions
+
+    def check_outputs(self, visit: Visit, before: Decision | None, outputs: list[Tensor]) -> None:
+        expected = torch.empty(visit.q.shape, dtype=torch.float64)
+        attended = 0
+        for head in range(self.geometry.num_heads):
+            for row in range(self.rows):
+                tokens = self.slow.chosen(visit.layer, head, row, current_tokens(visit, head, row), before)
+                expected[row, head] = literal_attention(visit.q[row, head], tokens, visit.softmax_scale)
+                attended += len(tokens) if row == 0 else 0
+        for output in outputs:
+            assert output.dtype == self.dtype
+            torch.testing.assert_close(output.double(), expected, **TOLERANCE[self.dtype])
+        torch.testing.assert_close(outputs[0], outputs[1], **TOLERANCE[self.dtype])
+        self.attended = getattr(self, "attended", 0) + attended
+        assert {cache.ledger.attended_tokens for cache in self.caches} == {self.attended}
+
+    def check_storage(self) -> None:
+        used = self.slow.used()
+        for cache in self.caches:
+            assert cache.pool.used == cache.ledger.used_slots == used
+            slots = torch.cat([table.slots for table in cache.tables]).tolist()
+            assert len(set(slots)) == len(slots) == used
+            for layer in range(self.geometry.num_layers):
+                self.check_view(cache, layer)
+
+    def check_view(self, cache: KVCache, layer: int) -> None:
+        view = cache.view(layer)
+        assert torch.equal(view.positions, cache.positions(layer))
+        positions = view.positions.expand(self.rows, -1, -1)
+        for head in range(self.geometry.num_heads):
+            for row in range(self.rows):
+                tokens = self.slow.tokens(layer, head, row)
+                padding = positions.shape[2] - len(tokens)
+                assert positions[row, head].tolist() == [t.position for t in tokens] + [-1] * padding
+                if tokens:
+                    assert torch.equal(view.k[row, head, : len(tokens)], torch.stack([t.k for t in tokens]))
+                    assert torch.equal(view.v[row, head, : len(tokens)], torch.stack([t.v for t in tokens]))
+
+
+sides = st.integers(1, 3)
+geometries = st.builds(
+    lambda layers, heads, dim, sizes: Geometry("toy", layers, heads, dim, ScaleSchedule(tuple(sizes)), 1),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from([1, 4, 8]),
+    st.lists(st.tuples(sides, sides), min_size=2, max_size=4),
+)
+
+
+@given(geometries, st.integers(1, 3), st.sampled_from([torch.float32, torch.float32, torch.bfloat16]), st.integers(0))
+@settings(max_examples=1000, deadline=None, derandomize=True)
+def test_the_cache_is_its_slow_model(geometry: Geometry, rows: int, dtype: torch.dtype, seed: int) -> None:
+    sized = Geometry(
+        geometry.model, geometry.num_layers, geometry.num_heads, geometry.head_dim, geometry.schedule, 1, dtype.itemsize
+    )
+    Run(sized, rows, dtype, seed).generate()

@@ -1,0 +1,125 @@
+"""Attention and its statistics against one softmax at a time, in float64."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from heatkv_cli.core import attention
+from heatkv_cli.core.attention import Group, column_mass, grouped_attention, masked_attention, probability_chunks
+
+B, H, Q, D, SCALE = 2, 5, 6, 8, 0.4
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights(q: Tensor, keys: Tensor) -> Tensor:
+    """Softmax of one query (D,) over keys (n, D), float64."""
+    logits = [float((q.double() * key.double()).sum()) * SCALE for key in keys]
+    top = max(logits)
+    powers = [math.exp(logit - top) for logit in logits]
+    return torch.tensor([power / sum(powers) for power in powers], dtype=torch.float64)
+
+
+def literal(q: Tensor, keys: list[list[Tensor]], values: list[list[Tensor]]) -> Tensor:
+    """Attention row by row, head by head, query by query; keys[b][h] (n, D)."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                out[b, h, i] = weights(q[b, h, i], keys[b][h]) @ values[b][h].double()
+    return out
+
+
+@pytest.mark.parametrize("lengths", [(0, 0, 0, 0, 0), (3, 3, 3, 3, 3), (0, 4, 0, 2, 4), (1, 2, 3, 4, 5)])
+def test_heads_with_histories_of_different_length(lengths: tuple[int, ...]) -> None:
+    q, k, v = (randn(B, H, Q, D, seed=seed) for seed in (1, 2, 3))
+    old_k, old_v = (randn(B, H, max(lengths), D, seed=seed) for seed in (4, 5))
+    groups = []
+    for n in sorted(set(lengths)):
+        heads = [h for h in range(H) if lengths[h] == n]
+        groups.append(Group(heads, old_k[:, heads, :n], old_v[:, heads, :n]))
+    keys = [[torch.cat((old_k[b, h, : lengths[h]], k[b, h])) for h in range(H)] for b in range(B)]
+    values = [[torch.cat((old_v[b, h, : lengths[h]], v[b, h])) for h in range(H)] for b in range(B)]
+    expected = literal(q, keys, values)
+    torch.testing.assert_close(grouped_attention(q, k, v, iter(groups), SCALE).double(), expected, atol=1e-5, rtol=1e-5)
+    valid = torch.cat((torch.arange(max(lengths)) < torch.tensor(lengths)[:, None], torch.ones(H, Q).bool()), 1)[None]
+    dense = masked_attention(q, torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), valid, SCALE)
+    torch.testing.assert_close(dense.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_current_keys_may_be_part_of_the_groups() -> None:
+    q, k, v = (randn(B, H, Q, D, seed=seed) for seed in (1, 2, 3))
+    whole = grouped_attention(q, k, v, [Group(range(H), k[:, :, :0], v[:, :, :0])], SCALE)
+    split = grouped_attention(
+        q,
+        k[:, :, :0],
+        v[:, :, :0],
+        [Group([0, 2], k[:, [0, 2]], v[:, [0, 2]]), Group([1, 3, 4], k[:, [1, 3, 4]], v[:, [1, 3, 4]])],
+        SCALE,
+    )
+    torch.testing.assert_close(split, whole, atol=1e-6, rtol=1e-6)
+
+
+def test_the_dtype_stays() -> None:
+    q, k, v = (randn(B, H, Q, D, seed=seed).bfloat16() for seed in (1, 2, 3))
+    none = k[:, :, :0]
+    grouped = grouped_attention(q, k, v, [Group(range(H), none, none)], SCALE)
+    dense = masked_attention(q, k, v, torch.ones(1, H, Q).bool(), SCALE)
+    assert grouped.dtype == dense.dtype == torch.bfloat16
+    torch.testing.assert_close(grouped, dense, atol=2e-2, rtol=0)
+
+
+def test_no_groups_are_a_mistake() -> None:
+    q = randn(B, H, Q, D, seed=1)
+    with pytest.raises(ValueError, match="no groups"):
+        grouped_attention(q, q, q, [], SCALE)
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+def ragged(seed: int) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
+    """Queries, padded keys, validity, and the real columns of each head."""
+    dice = random.Random(seed)
+    columns = [sorted(dice.sample(range(9), dice.randint(1, 9))) for _ in range(H)]
+    valid = torch.zeros(1, H, 9, dtype=torch.bool)
+    for h, real in enumerate(columns):
+        valid[0, h, real] = True
+    return randn(B, H, Q, D, seed=seed), randn(B, H, 9, D, seed=seed + 1), valid, columns
+
+
+@pytest.mark.parametrize("chunk", [1, B * H * 9, 2 * B * H * 9 + 1, 1 << 22])
+@pytest.mark.parametrize("seed", range(3))
+def test_probabilities_in_chunks(seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers whatever fits in memory at once, down to a single query."""
+    monkeypatch.setattr(attention, "CHUNK_ELEMENTS", chunk)
+    q, k, valid, columns = ragged(seed)
+    expected = torch.zeros(B, H, Q, 9, dtype=torch.float64)
+    for b in range(B):
+        for h in range(H):
+            for i in range(Q):
+                expected[b, h, i, columns[h]] = weights(q[b, h, i], k[b, h, columns[h]])
+    parts = list(probability_chunks(q, k, SCALE, valid))
+    assert [part.start for part, _ in parts[1:]] == [part.stop for part, _ in parts[:-1]]
+    assert (parts[0][0].start, parts[-1][0].stop) == (0, Q)
+    step = max(1, chunk // (B * H * 9))
+    assert all(p.shape[2] <= step and p.dtype == torch.float32 for _, p in parts)
+    torch.testing.assert_close(torch.cat([p for _, p in parts], 2).double(), expected, atol=1e-6, rtol=1e-5)
+    mass = column_mass(q, k, SCALE, valid)
+    torch.testing.assert_close(mass.double(), expected.sum(2), atol=1e-5, rtol=1e-5)
+    assert bool((mass[~valid.expand(B, -1, -1)] == 0).all())
+    torch.testing.assert_close(mass.sum(-1), torch.full((B, H), float(Q)), atol=1e-5, rtol=1e-5)
+
+
+def test_all_keys_are_real_unless_said() -> None:
+    q, k, _, _ = ragged(0)
+    torch.testing.assert_close(
+        column_mass(q, k, SCALE), column_mass(q, k, SCALE, torch.ones(1, H, 9).bool()), atol=0, rtol=0
+    )

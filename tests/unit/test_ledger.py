@@ -1,0 +1,65 @@
+"""Bytes and ratios by the definitions of design.md 5, computed by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from heatkv_cli.core.ledger import Ledger
+from heatkv_cli.core.scales import Geometry, ScaleSchedule
+
+ROWS, CAPACITY = 4, 50
+GEOMETRY = Geometry("toy", 2, 3, 8, ScaleSchedule.squares((1, 2, 3)), 1, dtype_bytes=2)  # P = 5, T = 14
+SLOT = ROWS * 2 * 8 * 2  # rows, K and V, head dim, bfloat16
+
+
+def ledger(state_bytes: int = 0) -> Ledger:
+    return Ledger(GEOMETRY, ROWS, CAPACITY * SLOT, state_bytes)
+
+
+def test_allocated_bytes_hold_the_method_s_state() -> None:
+    assert ledger().alloc_bytes == CAPACITY * SLOT
+    assert ledger(state_bytes=4).alloc_bytes == CAPACITY * (SLOT + ROWS * 4)
+    assert ledger(state_bytes=4).token_bytes == SLOT + ROWS * 4
+    assert Ledger(GEOMETRY, ROWS, 0, 4).alloc_bytes == 0
+
+
+def test_peaks_do_not_fall() -> None:
+    made = ledger(state_bytes=4)
+    for used, index in [(10, 100), (30, 50), (20, 70)]:
+        made.visited(used, index)
+    assert made.used_slots == 20
+    assert made.live_peak == 30 * (SLOT + ROWS * 4)
+    assert made.meta_peak == 100
+    made.working(7)
+    made.working(3)
+    assert made.work_peak == made.alloc_bytes + 7 * SLOT
+
+
+def test_ratios() -> None:
+    made = ledger()
+    made.visited(15, 60)
+    made.working(9)
+    made.attending([3, 4, 5])
+    made.attending([1, 1, 1])
+    full = 2 * 3 * 5 * SLOT  # layers, heads, P
+    everything = 2 * 3 * (1 + 5 + 14)  # what a full cache attends to at scale 0, 1, 2
+    assert made.ratios() == pytest.approx(
+        {
+            "beta_live": 15 * SLOT / full,
+            "beta_alloc": CAPACITY * SLOT / full,
+            "beta_work": (CAPACITY + 9) * SLOT / full,
+            "beta_meta": 60 / full,
+            "attended_tokens": 15,
+            "attended_ratio": 15 / everything,
+        }
+    )
+
+
+def test_time_is_booked_per_stage() -> None:
+    made = ledger()
+    now = made.spent("attention", 0.0)
+    assert now > 0
+    later = made.spent("attention", now)
+    assert later >= now
+    assert made.seconds["attention"] == pytest.approx(later)
+    assert "policy" not in made.seconds
