@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from heatkv_cli.core.attention import Group, grouped_attention, masked_attention
+from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.ledger import Ledger
 from heatkv_cli.core.policy import Keep, Observer, Policy, View, Visit
 from heatkv_cli.core.pool import KVPool
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.core.table import LayerTable
-from heatkv_cli.errors import ConfigError
+from heatkv_cli.errors import BudgetError, ConfigError
 
 BACKENDS = ("grouped", "masked")
+FULL_BUDGET = Budget.parse(1)
 
 
 class KVCache:
@@ -29,11 +31,16 @@ class KVCache:
     Args:
         geometry: of the model; its `dtype_bytes` must be those of `dtype`.
         policy: decides what is kept; its `capacity` is the size of the pool.
+        budget: what the pool may take; checked before anything is allocated.
         rows: batch rows, guidance rows included.
         cond_rows: how many of them, the first ones, are conditional.
         dtype, device: of stored keys and values.
         backend: `grouped`, or `masked` (the oracle: same storage, padded and masked attention).
         observers: see every visit.
+
+    Raises:
+        BudgetError: the policy plans with more than the budget.
+        ConfigError: unknown back end, or a dtype that the budget was not counted in.
 
     Attributes:
         ledger: bytes, attended tokens and times.
@@ -50,6 +57,7 @@ class KVCache:
         device: torch.device | str = "cpu",
         backend: str = "grouped",
         observers: Sequence[Observer] = (),
+        budget: Budget = FULL_BUDGET,
     ):
         if backend not in BACKENDS:
             raise ConfigError(f"attention backend {backend!r} is unknown", f"one of: {', '.join(BACKENDS)}")
@@ -58,12 +66,19 @@ class KVCache:
                 f"the cache stores {dtype} but the budget is counted in {geometry.dtype_bytes}-byte numbers",
                 "give the geometry the model's dtype",
             )
+        allowed = budget.slots(geometry, rows, policy.state_bytes)
+        if policy.capacity > allowed:
+            raise BudgetError(
+                f"the plan takes {policy.capacity} token slots, a budget of {budget} allows {allowed}",
+                "the method's plan is wrong for this budget; raise the budget",
+            )
         self.geometry, self.policy, self.observers = geometry, policy, tuple(observers)
         self.rows, self.cond, self.backend = rows, slice(0, cond_rows), backend
         self.pool = KVPool(policy.capacity, rows, geometry.head_dim, dtype, device)
         self.tables = [LayerTable.empty(geometry.num_heads) for _ in range(geometry.num_layers)]
         self.ledger = Ledger(geometry, rows, self.pool.allocated_bytes, policy.state_bytes)
-        self.scale, self._visit = 0, None  # type: tuple[int, Visit | None]
+        self.scale = 0
+        self._visit: Visit | None = None
 
     # ------------------------------------------------------------------------------------------------ the seam
 

@@ -66,9 +66,16 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
 
 
 def _announce(jobs: list[tuple[Job, Job]], ui: Console) -> None:
+    """Say what will be made, and what a full cache would take, before anything is made."""
     everything = {job.run_id: job for pair in jobs for job in pair}
     images = sum(len(job.images) for job in everything.values())
-    ui.say(f"plan: {len(everything)} runs, {images} images; finished ones are not made again")
+    cfg = jobs[0][0].cfg
+    rows = cfg.runtime.batch_size * (2 if setup.sampling_of(cfg.model).guided else 1)
+    full = setup.geometry_of(cfg.model).full_bytes(rows) / 2**20
+    ui.say(
+        f"plan: {len(everything)} runs, {images} images; finished ones are not made again; "
+        f"the full KV cache of a batch ({rows} rows) is {full:.1f} MiB"
+    )
 
 
 def _metrics(cfg: RunConfig) -> dict[str, Metric]:

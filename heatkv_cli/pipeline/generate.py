@@ -214,16 +214,16 @@ def _make(
 def new_cache(job: Job, model: ImageModel, batch: int) -> KVCache:
     """A cache with a fresh policy for `batch` images."""
     cfg = job.cfg
-    rows = model.rows(batch, setup.sampling_of(cfg.model))
-    policy = setup.method_of(cfg.method).policy(model.geometry, setup.budget_of(cfg), job.schedule, rows)
+    rows, budget = model.rows(batch, setup.sampling_of(cfg.model)), setup.budget_of(cfg)
     return KVCache(
         model.geometry,
-        policy,
+        setup.method_of(cfg.method).policy(model.geometry, budget, job.schedule, rows),
         rows,
-        batch,
-        getattr(torch, cfg.model.dtype),
-        setup.device_of(cfg),
-        setup.backend_of(cfg),
+        cond_rows=batch,
+        dtype=getattr(torch, cfg.model.dtype),
+        device=setup.device_of(cfg),
+        backend=setup.backend_of(cfg),
+        budget=budget,
     )
 
 

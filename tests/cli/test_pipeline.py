@@ -133,6 +133,15 @@ def test_full_budget_is_the_full_cache(out: Path, capsys: Capture) -> None:
     assert {name: hashes(same)[name] for name in pictures} == {name: hashes(full)[name] for name in pictures}
 
 
+def test_noise_floor_is_full_against_full(out: Path, capsys: Capture) -> None:
+    report = call(
+        capsys, "eval", "method=full", "runtime.attention=masked", "metric=kl,psnr_layout", "--limit", "4", "--out",
+        str(out), *SMALL,
+    )  # fmt: skip
+    (item,) = report["runs"]
+    assert 0 <= item["metrics"]["kl"][0]["value"] < 1e-8
+
+
 def test_seeds_belong_to_images(tmp_path: Path, capsys: Capture) -> None:
     """Another batch size draws the same numbers: images agree but for float kernels."""
     paths = [

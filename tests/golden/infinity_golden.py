@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,11 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Run:
-    """One official run and what it was made from."""
+    """One official run and what it was made from; `given` are other bits to force, one (B, h, w, d) a scale."""
 
     name: str
     settings: dict[str, Any]
+    given: tuple[Tensor, ...] = ()
 
     @property
     def model(self) -> str:
@@ -168,12 +169,12 @@ class Run:
     def get(self, name: str) -> Tensor | None:
         return optional(f"run/{self.name}/{name}")
 
-    @cached_property
-    def forced(self) -> list[Tensor]:
+    @property
+    def forced(self) -> tuple[Tensor, ...]:
         """Forced bits, one (B, h, w, d) a scale, or nothing."""
-        if self.get("forced_bits_s0") is None:
-            return []
-        return [tensor(f"run/{self.name}/forced_bits_s{s}")[:, 0] for s in range(len(self.sizes))]
+        if self.given or self.get("forced_bits_s0") is None:
+            return self.given
+        return tuple(tensor(f"run/{self.name}/forced_bits_s{s}")[:, 0] for s in range(len(self.sizes)))
 
     def generators(self) -> list[torch.Generator]:
         seed = self.settings["seed"]
