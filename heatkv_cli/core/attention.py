@@ -44,7 +44,6 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Iterable[Group], 
             return part
         out = torch.empty_like(q) if out is None else out
         out[:, list(group.heads)] = part
-        del group, part  # or they live on while the next group is read
     if out is None:
         raise ValueError("grouped_attention: no groups")
     return out

@@ -95,7 +95,9 @@ class KVCache:
 
         Raises:
             BudgetError: the policy keeps more than its pool holds.
+            ValueError: tensors of another shape than the geometry says, or a policy's answer that makes no sense.
         """
+        self._check(layer, q, k, v)
         visit = Visit(layer, self.scale, q, k, v, softmax_scale, self.cond, self.geometry, self)
         self._visit, clock = visit, perf_counter()
         before = self.policy.before_attend(visit)
@@ -115,6 +117,15 @@ class KVCache:
         self.ledger.spent("pool", clock)
         self._visit = None
         return y
+
+    def _check(self, layer: int, *tensors: Tensor) -> None:
+        geometry = self.geometry
+        if self.scale >= geometry.num_scales:
+            raise ValueError(f"all {geometry.num_scales} scales are done: a cache serves one generation")
+        expected = (self.rows, geometry.num_heads, geometry.schedule.lengths[self.scale], geometry.head_dim)
+        for x in tensors:
+            if tuple(x.shape) != expected:
+                raise ValueError(f"layer {layer} at scale {self.scale}: got {tuple(x.shape)}, expected {expected}")
 
     def end_scale(self) -> None:
         """All layers have processed the current scale."""

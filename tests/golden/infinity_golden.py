@@ -1,7 +1,7 @@
 """The official Infinity runs: where their tensors are, and how far a run of this package is from them.
 
-What is committed lies in `data/`; the rest (decoders, encoder, whole caches, images) is read from HEATKV_SHARED (default
-`../shared`), and a test that asks for it where it is absent skips and says so.
+What is committed lies in `data/`; the rest (decoders, encoder, whole caches, images) is read from HEATKV_SHARED
+(default `../shared`), and a test that asks for it where it is absent skips and says so.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Infinity once more, written down from specs/infinity.md sections 3 to 6: slow, literal, in float64.
 
-No cache, no batch, no padding: one image at a time, the rows of guidance side by side, all scales in one pass over given
-bits. Nothing is shared with the package but the weights, so that settings without a golden run can be checked against
-something. The golden runs check this file first.
+No cache, no batch, no padding: one image at a time, the rows of guidance side by side, all scales in one pass over
+given bits. Nothing is shared with the package but the weights, so that settings without a golden run can be checked
+against something. The golden runs check this file first.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def resize(x: Tensor, size: Size) -> Tensor:
 
 
 def pack(x: Tensor, patch: int) -> Tensor:
-    """(d, H, W) -> tokens (h * w, d * patch^2); channel c at offset (i, j) of a patch becomes patch^2 c + patch i + j."""
+    """(d, H, W) -> tokens (h * w, d * patch^2); channel c at offset (i, j) goes to patch^2 c + patch i + j."""
     d, height, width = x.shape
     tokens = torch.zeros(height // patch * (width // patch), d * patch**2, dtype=x.dtype)
     for y in range(height):
@@ -204,7 +204,7 @@ def block_names(w: Weights) -> list[tuple[str, bool]]:
 
 @dataclass
 class Literal:
-    """What comes out: guided logits before tau (T, dv, 2), keys and values per layer (rows, H, T, D), latent (d, H, W)."""
+    """Guided logits before tau (T, dv, 2), keys and values of each layer (rows, H, T, D), latent (d, H, W)."""
 
     logits: Tensor
     keys: list[Tensor]
@@ -213,7 +213,7 @@ class Literal:
 
 
 def run(weights: Weights, text: Tensor, other: Tensor | None, bits: Sequence[Tensor], setting: Setting) -> Literal:
-    """One image: its text features (L, Ct), the ones of guidance (None: the learned ones), its bits (H, W, d) per scale."""
+    """One image: its text features (L, Ct), those of guidance (None: learned), its bits (H, W, d) of each scale."""
     w = {name: t.double() for name, t in weights.items()}
     other = weights["cfg_uncond"][: len(text)] if other is None else other
     conditions = [condition(w, t) for t in ((text, other) if setting.guided else (text,))]

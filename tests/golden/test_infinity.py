@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from typing import Any
 
 import infinity_golden as golden
@@ -46,7 +47,7 @@ def same_stream(run: Run) -> bool:
     """Whether `torch.multinomial`, as upstream calls it, draws the recorded bits from the recorded logits here."""
     logits, bits, generator = tensor(f"run/{run.name}/logits"), tensor(f"run/{run.name}/bits"), run.generators()[0]
     ends = run.geometry.schedule.offsets
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in pairwise(ends):
         part = logits[:, start:end].clone()
         if run.settings["top_p"] > 0:
             rare = part.softmax(-1) <= 1 - run.settings["top_p"]

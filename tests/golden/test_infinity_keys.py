@@ -1,6 +1,6 @@
 """Every key and shape of the official checkpoints, from `InfinityConfig` and `TokenizerConfig` alone.
 
-The official classes on meta tensors made the table; networks are built on meta tensors here too, so the 8B costs nothing.
+The official classes on meta tensors made the table; networks are built on meta tensors here too: the 8B costs nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import yaml
 from torch import nn
 
+from heatkv_cli.models.infinity.schedules import RESOLUTIONS, STRIDE, rope_base, scale_sizes
 from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig
 
@@ -88,10 +89,10 @@ def test_the_size_of_every_released_shape(name: str) -> None:
 def test_the_exact_parameters_of_the_released_models() -> None:
     counts = {name: sum(p.numel() for p in on_meta(Infinity, c).parameters()) for name, c in TRANSFORMERS.items()}
     assert (counts["infinity_2b"], counts["infinity_8b"]) == (2_204_564_032, 8_375_791_824)
-    parts = {name: on_meta(Tokenizer, c) for name, c in TOKENIZERS.items()}
-    sizes = {n: [sum(p.numel() for p in t.parameters()) for t in (net.encoder, net.decoder)] for n, net in parts.items()}
-    assert sizes["vae_d32_s16"] == [45_025_696, 65_092_355]
-    assert sizes["vae_d14_s8_patchify"] == [33_139_598, 48_484_611]
+    wanted = {"vae_d32_s16": [45_025_696, 65_092_355], "vae_d14_s8_patchify": [33_139_598, 48_484_611]}
+    for name, config in TOKENIZERS.items():
+        net = on_meta(Tokenizer, config)
+        assert [sum(p.numel() for p in part.parameters()) for part in (net.encoder, net.decoder)] == wanted[name]
 
 
 @pytest.mark.parametrize("name", ["infinity-2b", "infinity-8b"])
@@ -108,7 +109,10 @@ def test_the_yaml_of_a_released_model_gives_its_shapes(name: str) -> None:
     assert config.head_dim == conf["head_dim"]
     tokenizer = TokenizerConfig(**{**pixels, "multipliers": tuple(pixels["multipliers"])})
     assert tokenizer in TOKENIZERS.values()
-    assert tokenizer.stride * codes.patch == 16
+    assert tokenizer.stride * codes.patch == STRIDE
+    maps = {r: tuple((h, w) for h, w in sizes) for r, sizes in conf["resolutions"].items()}
+    assert maps == {r: scale_sizes(r) for r in RESOLUTIONS}
+    assert tuple(params["rope_base"]) == rope_base()
 
 
 @pytest.mark.skipif(not SHARED.is_file(), reason=f"needs {SHARED}: set HEATKV_SHARED")

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from heatkv_cli.core import attention
 from heatkv_cli.core.attention import Group, column_mass, grouped_attention, masked_attention, probability_chunks
+from heatkv_cli.core.cache import KVCache
+from heatkv_cli.core.policy import Keep, Policy, Visit
+from heatkv_cli.core.scales import Geometry, ScaleSchedule
 
 B, H, Q, D, SCALE = 2, 5, 6, 8, 0.4
 
@@ -80,6 +83,34 @@ def test_no_groups_are_a_mistake() -> None:
     q = randn(B, H, Q, D, seed=1)
     with pytest.raises(ValueError, match="no groups"):
         grouped_attention(q, q, q, [], SCALE)
+
+
+KEPT = ([0, 1, 2], [0, 3, 4, 5, 6])  # of a history of 3 and 4 current tokens
+
+
+class Selects(Policy):
+    """Chooses before attention, at the last scale."""
+
+    def before_attend(self, visit: Visit) -> Keep | None:
+        mask = torch.zeros(2, 7, dtype=torch.bool)
+        for head, kept in enumerate(KEPT):
+            mask[head, kept] = True
+        return Keep(visit.layer, mask=mask) if visit.scale == 2 else None
+
+
+@pytest.mark.parametrize("backend", ["grouped", "masked"])
+def test_the_last_scale_may_be_selected_but_is_not_stored(backend: str) -> None:
+    """A Keep before the attention of the last scale governs attention alone."""
+    geometry = Geometry("toy", 1, 2, D, ScaleSchedule(((1, 2), (1, 1), (2, 2))), 1)
+    cache, x = KVCache(geometry, Selects(geometry.full_tokens), 1, 1, backend=backend), randn(1, 2, 7, D, seed=1)
+    for start, stop in [(0, 2), (2, 3), (3, 7)]:
+        assert cache.pool.used == 2 * start
+        now = x[:, :, start:stop]
+        y = cache.attend(0, now, now, now, SCALE)
+        cache.end_scale()
+    assert cache.pool.used == 0
+    chosen = [[x[0, head, kept] for head, kept in enumerate(KEPT)]]
+    torch.testing.assert_close(y.double(), literal(x[:, :, 3:], chosen, chosen), atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- statistics

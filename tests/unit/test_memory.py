@@ -153,18 +153,27 @@ def test_during_a_visit_there_is_the_current_scale_beside_the_pool(method: Metho
 
 
 def weigh_attention(cache: KVCache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes on the heap beside the pool whenever attention proper runs in a generation."""
+    """Bytes on the heap beside the pool whenever attention reads from it, and when attention proper runs."""
     weighed: list[int] = []
-    real = F.scaled_dot_product_attention
+    attention, read = F.scaled_dot_product_attention, cache.pool.read
 
-    def spy(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        assert bool(tagged(key).all() & tagged(value).all())
+    def weigh() -> None:
         # whole storages: what attention has not written yet may be made of a freed key's memory
         others = storages(ignore=(cache.pool.k, cache.pool.v)).values()
         weighed.append(sum(flat.nbytes for flat in others if bool(tagged(flat).all())))
-        return real(query, key, value, scale=scale)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    def spy_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        assert bool(tagged(key).all() & tagged(value).all())
+        weigh()
+        return attention(query, key, value, scale=scale)
+
+    def spy_read(slots: Tensor) -> tuple[Tensor, Tensor]:
+        copies = read(slots)
+        weigh()
+        return copies
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy_attention)
+    monkeypatch.setattr(cache.pool, "read", spy_read)
     generate(cache)
     return weighed
 
@@ -205,26 +214,55 @@ def test_used_slots_hold_what_the_ledger_says(method: Method, text: str) -> None
     assert bool(cache.pool.k.isnan().all())
 
 
-class Views(Policy):
-    """Looks at keys, and keeps half of them by rows; what a dynamic method does."""
+class Looks(Policy):
+    """Copies its layer's keys before and after attention, and keeps half of them, others in each row."""
+
+    def before_attend(self, visit: Visit) -> Keep | None:
+        visit.view()
+        return None
 
     def after_attend(self, visit: Visit) -> Iterable[Keep]:
-        view = visit.view()
-        count = view.k.shape[2]
-        masks = (
-            [torch.arange(count) % 2 == row % 2 for row in range(ROWS)]
-            if count % 2 == 0
-            else [torch.arange(count) > 0] * ROWS
-        )
-        return (Keep(visit.layer, mask=torch.stack(masks)[:, None].expand(-1, GEOMETRY.num_heads, -1)),)
+        count = visit.view().k.shape[2] // 2 * 2
+        even = torch.arange(count) % 2 == 0
+        mask = torch.ones(ROWS, GEOMETRY.num_heads, visit.positions().shape[2], dtype=torch.bool)
+        mask[0, :, :count], mask[1, :, :count] = even, ~even
+        return (Keep(visit.layer, mask=mask),)
 
 
 @pytest.mark.parametrize("backend", ["grouped", "masked"])
 def test_policies_that_copy_leave_nothing_behind(backend: str) -> None:
-    cache = KVCache(GEOMETRY, Views(GEOMETRY.full_tokens), ROWS, 1, backend=backend)
+    cache = KVCache(GEOMETRY, Looks(GEOMETRY.full_tokens), ROWS, 1, backend=backend)
     assert weigh_visits(cache) == {cache.ledger.alloc_bytes}
-    last = GEOMETRY.num_heads * GEOMETRY.schedule.lengths[-1] * ROWS * GEOMETRY.bytes_per_token
-    assert cache.ledger.work_peak > cache.ledger.alloc_bytes + 2 * last  # what it copied is charged
+
+
+class Lopsided(Policy):
+    """One long head, the others empty: padded copies weigh much more than what is stored."""
+
+    def __init__(self) -> None:
+        super().__init__(GEOMETRY.full_tokens)
+        self.beside: list[int] = []
+
+    def before_attend(self, visit: Visit) -> Keep | None:
+        view = visit.view()
+        if visit.scale:
+            assert isinstance(visit.cache, KVCache)
+            self.beside.append(held_bytes(visit.cache) - visit.cache.ledger.alloc_bytes)
+        assert view.k.shape[2] == visit.geometry.schedule.offsets[visit.scale + 1]
+        return None
+
+    def after_attend(self, visit: Visit) -> Iterable[Keep]:
+        segments = torch.zeros(GEOMETRY.num_heads, GEOMETRY.num_scales, dtype=torch.bool)
+        segments[0] = True
+        return (Keep(visit.layer, segments=segments),)
+
+
+def test_what_a_policy_copies_is_charged_to_beta_work() -> None:
+    policy = Lopsided()
+    cache = KVCache(GEOMETRY, policy, ROWS, 1)
+    generate(cache)
+    booked = cache.ledger.work_peak - cache.ledger.alloc_bytes
+    stored = GEOMETRY.schedule.peak_tokens * ROWS * GEOMETRY.bytes_per_token  # read from the pool, then copied
+    assert max(policy.beside) == booked - stored
 
 
 class Tagging:

@@ -82,9 +82,11 @@ class InfinityModel:
         """See `ImageModel.generate`. `negative`: text features that take the place of the learned unconditional text.
 
         Raises:
-            ValueError: no generators although a scale is not forced.
+            ValueError: no generators although a scale is not forced, or not one cfg and tau a scale.
         """
         schedule, batch = self.geometry.schedule, len(condition.lengths)
+        if not len(sampling.cfg) == len(sampling.tau) == schedule.num_scales:
+            raise ValueError(f"{len(sampling.cfg)} cfg and {len(sampling.tau)} tau for {schedule.num_scales} scales")
         cond = self._condition(condition, sampling, negative)
         depth = self.geometry.num_layers
         latent_size = self.codes.grid(schedule.sizes[-1])

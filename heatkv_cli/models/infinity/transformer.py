@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heatkv_cli.errors import ConfigError
 from heatkv_cli.models.infinity.rope import rotate
 from heatkv_cli.models.infinity.tokenizer import Codes
 
@@ -43,6 +44,9 @@ class InfinityConfig:
         codes: bits of a latent position and packing of positions into tokens.
         text_channels, text_length: width of the text features and rows of the learned unconditional text.
         level_embed_once: add the level embedding before the first block only, else before every chunk.
+
+    Raises:
+        ConfigError: numbers that do not divide as they must.
     """
 
     depth: int
@@ -53,6 +57,16 @@ class InfinityConfig:
     text_channels: int = 2048
     text_length: int = 512
     level_embed_once: bool = True
+
+    def __post_init__(self) -> None:
+        for whole, part in (("depth", "block_chunks"), ("width", "heads"), ("width", "pool_heads")):
+            if getattr(self, part) < 1 or getattr(self, whole) % getattr(self, part):
+                raise ConfigError(
+                    f"Infinity: {whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}",
+                    f"change model.params.{part}, or the text channels",
+                )
+        if self.hidden == 0:
+            raise ConfigError(f"Infinity: width {self.width} gives no FFN", "use a width above 32")
 
     @property
     def head_dim(self) -> int:
