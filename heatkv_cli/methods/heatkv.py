@@ -54,7 +54,7 @@ class HeatKV(Method):
             orders = random_orders(geometry, self.order_seed)
         if orders is None:
             raise ConfigError("method heatkv needs removal orders", "heatkv calibrate, or --orders FILE")
-        return removal_schedule(geometry, budget, orders)
+        return removal_schedule(geometry, budget, orders, "heatkv" if self.calibrated else "random")
 
     def policy(self, geometry: Geometry, budget: Budget, schedule: Schedule | None, rows: int) -> Policy:
         """The schedule at work."""
