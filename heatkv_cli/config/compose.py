@@ -31,17 +31,6 @@ from heatkv_cli.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-CHOICES = {
-    "model": "model",
-    "method": "method",
-    "benchmark": "benchmark",
-    "runtime": "runtime",
-    "reference": "method",
-    "calibration_prompts": "benchmark",
-    "calibration_check": "benchmark",
-}
-"""Keys whose value is the name of a file, and the group it is chosen from."""
-
 _PROMPTS = {
     "benchmark": "default_benchmark",
     "calibration_prompts": "calibration_prompts",
@@ -49,10 +38,16 @@ _PROMPTS = {
 }
 """Keys that choose a prompt list, and the model's key that says which when none is named."""
 
+CHOICES = {
+    **{"model": "model", "method": "method", "runtime": "runtime", "reference": "method"},
+    **dict.fromkeys(_PROMPTS, "benchmark"),
+}
+"""Keys whose value is the name of a file, and the group it is chosen from."""
+
 _LEAVES = {"method": MethodConfig, "reference": MethodConfig, **dict.fromkeys(_PROMPTS, BenchmarkConfig)}
 _FIXED = (
     *("_target_", "name", "needs", "budgetless", "paper", "note"),
-    *("default_benchmark", "default_metrics", "calibration_prompts", "calibration_check"),
+    *("default_metrics", *_PROMPTS.values()),
 )
 """Keys below a group that belong to its file: reading them from elsewhere would not be seen, or would be a lie."""
 

@@ -92,8 +92,6 @@ def prepare(cfg: RunConfig, ui: Console) -> Job:
     Raises:
         HeatKVError: whatever is wrong with the config, the files or the budget.
     """
-    if cfg.seed_mode == "paper" and cfg.runtime.batch_size != 1:
-        raise ConfigError("seed_mode=paper needs batch size 1, as the official scripts", "add runtime.batch_size=1")
     geometry, budget, method = setup.geometry_of(cfg.model), setup.budget_of(cfg), setup.method_of(cfg.method)
     prompts, samples = setup.prompts_of(cfg.benchmark)
     files = setup.weight_files(cfg)

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -106,19 +105,8 @@ def device_of(cfg: RunConfig) -> str:
 
 
 def sampling_of(config: ModelConfig) -> Sampling:
-    """Sampling with one value per scale.
-
-    Raises:
-        ConfigError: a list of another length than there are scales.
-    """
-    fields: dict[str, Any] = config.sampling.per_scale(len(config.sizes))
-    for name in ("cfg", "tau"):
-        if len(fields[name]) != len(config.sizes):
-            raise ConfigError(
-                f"model.sampling.{name} has {len(fields[name])} values for {len(config.sizes)} scales",
-                "give one number, or one per scale",
-            )
-    return Sampling(**fields)
+    """Sampling with one value per scale."""
+    return Sampling(**config.sampling.per_scale(len(config.sizes)))
 
 
 def backend_of(cfg: RunConfig) -> str:
