@@ -3,6 +3,7 @@
     python scripts/train_tiny.py tokenizer --seconds 900      # gate: detector on reconstructions >= 0.98
     python scripts/train_tiny.py transformer --seconds 6000   # resumes from <out>/transformer.pt
     python scripts/train_tiny.py export                       # writes heatkv_cli/assets/tiny.safetensors (fp16)
+    python scripts/train_tiny.py restore                      # the way back: checkpoints from the shipped model
 
 Every stage can be killed and started again: it goes on from its last checkpoint under --out (default runs/tiny) and
 appends to <out>/tokenizer.csv or <out>/transformer.csv. Two CPU cores are enough; times are wall-clock seconds.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -46,6 +48,8 @@ from tiny_net import (
     noun_labels,
     tiny_model,
 )
+
+ASSET = Path(heatkv_cli.__file__).parent / "assets" / "tiny.safetensors"
 
 
 def log_row(path: Path, row: dict[str, object]) -> None:
@@ -113,7 +117,8 @@ def train_tokenizer(a: argparse.Namespace) -> None:
     if path.exists():
         state = torch.load(path)
         model.load_state_dict(state["model"])
-        opt.load_state_dict(state["opt"])
+        if state["opt"] is not None:
+            opt.load_state_dict(state["opt"])
         step, spent = state["step"], state["spent"]
     rng = random.Random(1 + step)
     pool = torch.cat([world_batch(512, rng)[0].mul(255).round().byte() for _ in range(a.pool // 512)])
@@ -158,11 +163,12 @@ def load_tokenizer(a: argparse.Namespace) -> Tokenizer:
 
 def load_latents(a: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     """Latents fp16 (n, d, 10, 10), word ids (n, M), noun labels (n, 2, 4) of `a.images` scenes; made once."""
-    path = a.out / "latents.pt"
+    trained = torch.load(a.out / "tokenizer.pt")["step"]
+    path = a.out / f"latents-{a.images}-{trained}.pt"  # of this tokenizer, not of an earlier one
     if path.exists():
         return torch.load(path)
     tokenizer, rng, parts, begin = load_tokenizer(a), random.Random(1000), [], time.time()
-    for _ in range(a.images // 512):
+    for _ in range(math.ceil(a.images / 512)):
         images, ids, scenes = world_batch(512, rng)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = tokenizer.encoder(images * 2 - 1)
@@ -206,8 +212,9 @@ def train_transformer(a: argparse.Namespace) -> None:
     if path.exists():
         state = torch.load(path)
         model.load_state_dict(state["model"])
-        adam.load_state_dict(state["adam"])
-        muon.load_state_dict(state["muon"])
+        for opt, name in ((adam, "adam"), (muon, "muon")):
+            if state[name] is not None:
+                opt.load_state_dict(state[name])
         average, step, spent = state["average"], state["step"], state["spent"]
     torch.manual_seed(a.seed + 1 + step)
     weight = torch.cat([torch.full((p * p,), p**-1.5) for p in SIDES])
@@ -295,6 +302,22 @@ def export(a: argparse.Namespace) -> None:
     print(f"{a.to}: {a.to.stat().st_size / 1e6:.2f} MB, step {state['step']}, {state['spent']:.0f} s of training")
 
 
+def restore(a: argparse.Namespace) -> None:
+    """Make checkpoints of the shipped model, so that training can go on from it with a fresh schedule."""
+    with safe_open(a.to, "pt") as f:
+        tensors = {name: f.get_tensor(name).float() for name in f.keys()}  # noqa: SIM118
+    parts = {
+        part: {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
+        for part in ("tokenizer", "transformer", "text")
+    }
+    model, tokenizer = Tiny(), Tokenizer(TOKENIZER)
+    for module, part in ((tokenizer, "tokenizer"), (model.transformer, "transformer"), (model.text, "text")):
+        module.load_state_dict(parts[part], strict=False)  # all but the constant zero biases
+    save(a.out / "tokenizer.pt", model=tokenizer.state_dict(), opt=None, step=0, spent=0.0)
+    state = model.state_dict()
+    save(a.out / "transformer.pt", model=state, adam=None, muon=None, average=state, step=0, spent=0.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="stage", required=True)
@@ -317,7 +340,10 @@ def main() -> None:
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     p = sub.add_parser("export")
     p.set_defaults(run=export)
-    p.add_argument("--to", type=Path, default=Path(heatkv_cli.__file__).parent / "assets" / "tiny.safetensors")
+    p.add_argument("--to", type=Path, default=ASSET)
+    p = sub.add_parser("restore")
+    p.set_defaults(run=restore)
+    p.add_argument("--to", type=Path, default=ASSET, help="the shipped model")
     for p in sub.choices.values():
         p.add_argument("--out", type=Path, default=Path("runs/tiny"))
         p.add_argument("--threads", type=int, default=2)

@@ -173,7 +173,7 @@ def checkpoint(out: Path) -> dict[str, Any]:
 
 def test_training_goes_on_from_its_checkpoint_and_is_exported(tmp_path: Path) -> None:
     _, tokenizer = networks()
-    torch.save({"model": tokenizer.state_dict()}, tmp_path / "tokenizer.pt")
+    torch.save({"model": tokenizer.state_dict(), "step": 0}, tmp_path / "tokenizer.pt")
     few = ("--no-compile", "--batch", 2, "--per-task", 1, "--images", 512, "--every", 1e9)
     train(tmp_path, "transformer", "--seconds", 0.5, *few)
     first = checkpoint(tmp_path)
@@ -210,3 +210,8 @@ def check_export(out: Path, average: dict[str, Tensor]) -> None:
     text = loaded.encode(["two red circles"])
     trace = loaded.generate(text, tiny_net.SAMPLING, FullAttention(), [torch.Generator().manual_seed(0)])
     assert loaded.decode(trace.latent).shape == (1, 80, 80, 3)
+    again = out / "again"
+    train(again, "restore", "--to", out / "bundle.safetensors")
+    for name, value in checkpoint(again)["average"].items():
+        if not name.startswith("probe"):  # is not shipped
+            assert torch.equal(value, average[name].half().float()), name
