@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import resources
 from pathlib import Path
 
 from heatkv_cli.errors import ArtifactError, SetupError
 from heatkv_cli.results import sha256_file
+
+READ = (".bin", ".json", ".model", ".pt", ".pth", ".safetensors", ".txt")
 
 
 def find_file(model: str, name: str, folder: Path | None, sha256: str | None = None, source: str = "") -> Path:
@@ -27,6 +30,14 @@ def find_file(model: str, name: str, folder: Path | None, sha256: str | None = N
     if not path.exists():
         where = f"put it there; it comes from {source}" if source else "check the folder"
         raise SetupError(f"model {model}: {path} is missing", where)
-    if sha256 and sha256_file(path) != sha256:
+    if sha256 and sha256_path(path) != sha256:
         raise ArtifactError(f"model {model}: {path} is not the file the config names (sha256)", "fetch it again")
     return path
+
+
+def sha256_path(path: Path) -> str:
+    """Digest of a file, or of a folder: of the names and digests of the files in it that a loader may read."""
+    if not path.is_dir():
+        return sha256_file(path)
+    parts = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in READ)
+    return hashlib.sha256("\n".join(f"{f.name} {sha256_file(f)}" for f in parts).encode()).hexdigest()

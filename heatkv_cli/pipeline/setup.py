@@ -16,8 +16,7 @@ from heatkv_cli.core.policy import Method
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ConfigError
 from heatkv_cli.models.base import ImageModel, Sampling
-from heatkv_cli.models.weights import find_file
-from heatkv_cli.results import sha256_file
+from heatkv_cli.models.weights import find_file, sha256_path
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ def weight_files(cfg: RunConfig) -> dict[str, Path]:
 def weights_sha256(files: dict[str, Path]) -> str:
     """One digest for all files of a model."""
     if len(files) == 1:
-        return sha256_file(next(iter(files.values())))
-    lines = [f"{role} {sha256_file(path)}" for role, path in sorted(files.items())]
+        return sha256_path(next(iter(files.values())))
+    lines = [f"{role} {sha256_path(path)}" for role, path in sorted(files.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,9 +13,21 @@ from safetensors.torch import save_file
 from torch import nn
 
 from heatkv_cli.core.scales import Geometry
-from heatkv_cli.errors import ArtifactError, SetupError
+from heatkv_cli.errors import ArtifactError, ConfigError
+from heatkv_cli.models.infinity.checkpoint import (
+    AVERAGED,
+    TOKENIZER_PLACES,
+    TRANSFORMER_PLACES,
+    identify_entries,
+    load_tokenizer,
+    load_transformer,
+    require,
+    require_pair,
+)
+from heatkv_cli.models.infinity.containers import open_checkpoint
 from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.infinity.text import WordEncoder
+from heatkv_cli.models.infinity.text_t5 import Precision, T5Encoder
 from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig
 
@@ -97,14 +109,59 @@ def _fill(path: Path, module: nn.Module, tensors: dict[str, torch.Tensor]) -> No
         raise ArtifactError(f"{path}: missing {missing[:3]}, unexpected {unexpected[:3]}", "check the model's config")
 
 
-def load_official(geometry: Geometry, files: Mapping[str, Path], device: str, **params: Any) -> InfinityModel:
-    """Official checkpoints: not loaded by this version; the model is known by its dimensions.
+def load_official(
+    geometry: Geometry,
+    files: Mapping[str, Path],
+    device: str,
+    dtype: Literal["float32", "bfloat16", "float16"],
+    width: int,
+    block_chunks: int,
+    text_channels: int,
+    text_length: int,
+    rope_base: tuple[int, int],
+    rope_mode: int,
+    tokenizer: dict[str, Any],
+    t5_dtype: Precision = "float16",
+    ema: bool = False,
+) -> InfinityModel:
+    """An official checkpoint, or one trained with the official code.
+
+    Args:
+        geometry: from the model's YAML.
+        files: paths by role: "transformer" and "tokenizer"; without "text" the model takes precomputed features.
+        device: where it runs.
+        dtype: of the transformer's blocks; everything else is float32.
+        width, block_chunks, text_channels, text_length: see `InfinityConfig`.
+        rope_base, rope_mode: see `rope_table`.
+        tokenizer: fields of `TokenizerConfig`, and `patch`, see `Codes`.
+        t5_dtype: precision of the text encoder, see `T5Encoder`.
+        ema: take the averaged weights of a training checkpoint.
 
     Raises:
-        SetupError: always.
+        SetupError: a file, a shard or a package is missing.
+        ArtifactError: a file is damaged, or belongs to another model; or tokenizer and transformer do not fit.
     """
-    raise SetupError(
-        f"this version does not load the checkpoints of {geometry.model} yet",
-        f"schedules need no weights: heatkv build-schedule model={geometry.model} --orders FILE; "
-        "images can be made with model=tiny",
+    fields = dict(tokenizer)
+    patch = int(fields.pop("patch", 1))
+    shape = TokenizerConfig(**{**fields, "multipliers": tuple(fields["multipliers"])})
+    codes = Codes(shape.bits, patch)
+    config = InfinityConfig(
+        geometry.num_layers, width, geometry.num_heads, block_chunks, codes, text_channels, text_length
     )
+    if config.head_dim != geometry.head_dim:
+        raise ConfigError(
+            f"{geometry.model}: width {width} over {geometry.num_heads} heads is not head_dim {geometry.head_dim}",
+            "check conf/model",
+        )
+    with torch.device("meta"):
+        net, pixels = Infinity(config), Tokenizer(shape)
+    net_path, pixel_path = files["transformer"], files["tokenizer"]
+    net_file = open_checkpoint(net_path, AVERAGED if ema else TRANSFORMER_PLACES)
+    pixel_file = open_checkpoint(pixel_path, TOKENIZER_PLACES)
+    found = require(net_path, net_file, net, geometry.model)
+    require_pair((net_path, found), (pixel_path, identify_entries(pixel_file)), patch)
+    require(pixel_path, pixel_file, pixels, geometry.model)
+    text = T5Encoder(files["text"], text_channels, text_length, t5_dtype, device) if "text" in files else None
+    load_transformer(net_path, net_file, net, getattr(torch, dtype), device)
+    load_tokenizer(pixel_path, pixel_file, pixels, device)
+    return InfinityModel(geometry, net, pixels, text, (rope_base[0], rope_base[1]), rope_mode)

@@ -1,0 +1,130 @@
+"""Flan-T5's encoder, through transformers: the text features of the official Infinity models."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from heatkv_cli.errors import ArtifactError, SetupError
+
+Precision = Literal["float16", "bfloat16", "float32"]
+
+INSTALL = "pip install 'heatkv[t5]'"
+
+
+class T5Encoder:
+    """Prompts -> one (L_i, channels) float32 tensor a prompt, L_i counting the end-of-text token.
+
+    The folder is checked at once; the network is read when the first prompt comes, and can be freed with `release`.
+    Prompts are encoded one at a time: features must not depend on their neighbours.
+
+    Precision changes images, so it is a setting. `float16` is what upstream's notebooks and evaluation scripts run
+    (transformers keeps the `wo` matrices in float32 then); `tools/run_infinity.py` wraps T5 in a bfloat16 autocast,
+    which `bfloat16` comes near to but does not repeat; `float32` is the most exact. Features differ by 1e-3 to 1e-2.
+
+    Args:
+        folder: a Hugging Face folder (config, tokenizer, weights).
+        channels: width the transformer reads.
+        max_length: tokens after which a prompt is cut, and to which it is padded.
+        dtype: of the weights.
+        device: where it runs.
+        pad: run on the whole padded length, as upstream does; without it the features are the same up to rounding.
+
+    Raises:
+        SetupError: transformers is not installed, or the folder is not there.
+        ArtifactError: the folder is not a T5 of this width.
+
+    Source: FoundationVision/Infinity @ 4c27bbb, `tools/run_infinity.py` (`load_tokenizer`, `encode_prompt`).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        channels: int = 2048,
+        max_length: int = 512,
+        dtype: Precision = "float16",
+        device: str = "cpu",
+        pad: bool = True,
+    ):
+        self.folder, self.max_length, self.dtype, self.device, self.pad = folder, max_length, dtype, device, pad
+        self._loaded: tuple[Any, Any] | None = None
+        if importlib.util.find_spec("transformers") is None:
+            raise SetupError("the text encoder needs the package transformers, which is not installed", INSTALL)
+        if not folder.is_dir():
+            raise SetupError(f"text encoder: {folder} is missing", "put the folder of google/flan-t5-xl there")
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            width = config["d_model"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{folder} has no config.json of a T5: {error}", "fetch google/flan-t5-xl") from error
+        if width != channels:
+            raise ArtifactError(
+                f"{folder} holds a text encoder of width {width}, the transformer reads {channels}",
+                "Infinity's is google/flan-t5-xl, of width 2048",
+            )
+
+    def load(self) -> None:
+        """Read tokenizer and network, if they are not there already.
+
+        Raises:
+            SetupError: a package that the tokenizer needs is missing.
+            ArtifactError: the folder is damaged or incomplete.
+        """
+        if self._loaded is not None:
+            return
+        hub: Any = importlib.import_module("transformers")
+        try:
+            words = hub.AutoTokenizer.from_pretrained(self.folder, legacy=True, local_files_only=True)
+            net, info = hub.T5EncoderModel.from_pretrained(
+                self.folder, dtype=getattr(torch, self.dtype), local_files_only=True, output_loading_info=True
+            )
+        except ImportError as error:
+            raise SetupError(f"text encoder: {str(error).strip().splitlines()[0]}", INSTALL) from error
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ArtifactError(f"{self.folder} is damaged or incomplete: {first}", "fetch the folder again") from error
+        missing = sorted(info["missing_keys"])
+        if missing:  # transformers would fill them with random numbers
+            raise ArtifactError(
+                f"{self.folder} lacks {len(missing)} tensors of a T5 encoder ({', '.join(missing[:3])})",
+                "fetch the folder again",
+            )
+        words.model_max_length = self.max_length
+        self._loaded = words, net.eval().requires_grad_(False).to(self.device)
+
+    def release(self) -> None:
+        """Free the network; the next prompt reads it again."""
+        self._loaded = None
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Features of each prompt, (L_i, channels) float32; a prompt is cut after `max_length` tokens.
+
+        Raises:
+            SetupError, ArtifactError: see `load`.
+            ArtifactError: features that are not finite.
+        """
+        self.load()
+        assert self._loaded is not None
+        words, net = self._loaded
+        features = []
+        for prompt in prompts:
+            padding = "max_length" if self.pad else False
+            read = words([prompt], max_length=self.max_length, padding=padding, truncation=True, return_tensors="pt")
+            ids, mask = read["input_ids"].to(self.device), read["attention_mask"].to(self.device)
+            rows = net(input_ids=ids, attention_mask=mask).last_hidden_state.float()[0, : int(mask.sum())]
+            if not rows.isfinite().all():
+                raise ArtifactError(
+                    f"text encoder in {self.dtype}: the features of {prompt!r} are not finite",
+                    "try model.params.t5_dtype=float32; if they still are not, fetch the folder again",
+                )
+            features.append(rows)
+        return features
