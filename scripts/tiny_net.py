@@ -93,21 +93,27 @@ class TrainingAttention:
 
 
 @torch.no_grad()
-def noisy_inputs(latents: Tensor, flip: float, scales: int) -> tuple[Tensor, Tensor]:
-    """Clean target bits (B, N, d) and transformer inputs (B, N - 1, d) of the first `scales` scales.
+def noisy_codes(latents: Tensor, flip: float, scales: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Clean target bits (B, N_s, d) and, after each scale, the sum of the codes with mistakes in them (B, d, H, W).
 
     Bitwise self-correction (Infinity, section 3.4): a random share of the bits of each scale, up to `flip`, is turned
     before the later scales are quantised, so that they learn to repair earlier mistakes.
     """
-    total, bits, inputs = torch.zeros_like(latents), [], []
-    for i in range(scales):
-        seen = F.normalize(F.interpolate(latents - total, SIDES[i], mode="area"), dim=1)
+    total, bits, totals = torch.zeros_like(latents), [], []
+    for side in SIDES[:scales]:
+        seen = F.normalize(F.interpolate(latents - total, side, mode="area"), dim=1)
         bits.append(CODES.to_tokens((seen > 0).float()))
         share = torch.rand(len(latents), 1, 1, 1) * flip
         turned = (seen > 0) ^ (torch.rand_like(seen) < share)
         total = total + resize(CODES.embed(turned.permute(0, 2, 3, 1)), SIZES[-1])
-        if i + 1 < scales:
-            inputs.append(CODES.to_tokens(resize(total, SIZES[i + 1])))
+        totals.append(total)
+    return bits, totals
+
+
+def noisy_inputs(latents: Tensor, flip: float, scales: int) -> tuple[Tensor, Tensor]:
+    """Target bits (B, N, d) and transformer inputs (B, N - 1, d) of the first `scales` scales; see `noisy_codes`."""
+    bits, totals = noisy_codes(latents, flip, scales)
+    inputs = [CODES.to_tokens(resize(x, size)) for x, size in zip(totals, SIZES[1:scales], strict=False)]
     return torch.cat(bits, 1), torch.cat(inputs, 1)
 
 

@@ -1,6 +1,7 @@
 """Train the bundled tiny model on the shapes world: tokenizer, then transformer and text encoder, then export.
 
     python scripts/train_tiny.py tokenizer --seconds 900      # gate: detector on reconstructions >= 0.98
+    python scripts/train_tiny.py decoder --seconds 300        # clean pictures from codes with mistakes
     python scripts/train_tiny.py transformer --seconds 6000   # resumes from <out>/transformer.pt
     python scripts/train_tiny.py export                       # writes heatkv_cli/assets/tiny.safetensors (fp16)
     python scripts/train_tiny.py restore                      # the way back: checkpoints from the shipped model
@@ -44,6 +45,7 @@ from tiny_net import (
     FullAttention,
     Tiny,
     TrainingAttention,
+    noisy_codes,
     noisy_inputs,
     noun_labels,
     tiny_model,
@@ -150,6 +152,40 @@ def train_tokenizer(a: argparse.Namespace) -> None:
             log_row(log, row | check_tokenizer(model))
             model.train()
             last = time.time()
+
+
+def train_decoder(a: argparse.Namespace) -> None:
+    """Teach the decoder to draw clean pictures from codes with mistakes; encoder and bits stay as they are.
+
+    A sampled bit is wrong now and then; a decoder that has only met true codes draws a blur from it.
+    """
+    torch.manual_seed(a.seed)
+    path, log, begin, step = a.out / "tokenizer.pt", a.out / "decoder.csv", time.time(), 0
+    state, model = torch.load(path), load_tokenizer(a)
+    model.decoder.requires_grad_(True)
+    opt = torch.optim.AdamW(model.decoder.parameters(), lr=a.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    rng = random.Random(2)
+    pool = torch.cat([world_batch(512, rng)[0].mul(255).round().byte() for _ in range(a.pool // 512)])
+    while (spent := time.time() - begin) < a.seconds:
+        opt.param_groups[0]["lr"] = (
+            a.lr * min(1, (step + 1) / 50) * max(0.02, math.cos(spent / a.seconds * math.pi / 2))
+        )
+        x = pool[torch.randint(0, len(pool), (a.batch,))].float().div(255)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents = model.encoder(x * 2 - 1)
+        _, totals = noisy_codes(latents.float(), a.flip, len(SIDES))
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.decoder(totals[-1])
+        error = out.float() / 2 + 0.5 - x
+        opt.zero_grad()
+        (error.abs().mean() + 4 * error.square().mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
+        opt.step()
+        step += 1
+        if step % 200 == 0:
+            psnr = -10 * math.log10(error.square().mean().item())
+            log_row(log, {"step": step, "seconds": round(spent), "noisy_psnr": round(psnr, 2)} | check_tokenizer(model))
+    save(path, **{**state, "model": model.state_dict(), "opt": None})
 
 
 def load_tokenizer(a: argparse.Namespace) -> Tokenizer:
@@ -306,13 +342,10 @@ def restore(a: argparse.Namespace) -> None:
     """Make checkpoints of the shipped model, so that training can go on from it with a fresh schedule."""
     with safe_open(a.to, "pt") as f:
         tensors = {name: f.get_tensor(name).float() for name in f.keys()}  # noqa: SIM118
-    parts = {
-        part: {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
-        for part in ("tokenizer", "transformer", "text")
-    }
     model, tokenizer = Tiny(), Tokenizer(TOKENIZER)
-    for module, part in ((tokenizer, "tokenizer"), (model.transformer, "transformer"), (model.text, "text")):
-        module.load_state_dict(parts[part], strict=False)  # all but the constant zero biases
+    for module, part in ((tokenizer, "tokenizer."), (model.transformer, "transformer."), (model.text, "text.")):
+        own = {name.removeprefix(part): x for name, x in tensors.items() if name.startswith(part)}
+        module.load_state_dict(own, strict=False)  # all but the constant zero biases
     save(a.out / "tokenizer.pt", model=tokenizer.state_dict(), opt=None, step=0, spent=0.0)
     state = model.state_dict()
     save(a.out / "transformer.pt", model=state, adam=None, muon=None, average=state, step=0, spent=0.0)
@@ -327,6 +360,13 @@ def main() -> None:
     p.add_argument("--pool", type=int, default=12288)
     p.add_argument("--batch", type=int, default=24)
     p.add_argument("--lr", type=float, default=2e-3)
+    p = sub.add_parser("decoder")
+    p.set_defaults(run=train_decoder)
+    p.add_argument("--seconds", type=float, default=300)
+    p.add_argument("--pool", type=int, default=12288)
+    p.add_argument("--batch", type=int, default=24)
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--flip", type=float, default=0.2)
     p = sub.add_parser("transformer")
     p.set_defaults(run=train_transformer)
     p.add_argument("--seconds", type=float, default=6000)

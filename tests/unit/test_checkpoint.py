@@ -13,10 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from heatkv_cli.errors import ArtifactError
+from heatkv_cli.config import compose
+from heatkv_cli.errors import ArtifactError, SetupError
 from heatkv_cli.models.infinity.checkpoint import identify
 from heatkv_cli.models.infinity.containers import open_checkpoint
+from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.weights import sha256_path
+from heatkv_cli.pipeline import setup
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 
@@ -98,6 +101,34 @@ def test_temperatures_in_any_layout(tmp_path: Path, shape: tuple[int, ...]) -> N
     tensors = official("A")
     turned = {n: t.reshape(shape) if n.endswith("scale_mul_1H11") else t for n, t in tensors.items()}
     assert same(load(flat(tmp_path, turned), wrapped(tmp_path, pixels("A"))).transformer, tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "net"),
+    [("infinity-2b", "A", "infinity_2b_reg.pth"), ("infinity-8b", "B", "infinity_8b_weights")],
+)
+def test_from_the_yaml_and_a_folder_of_weights(tmp_path: Path, name: str, model: str, net: str) -> None:
+    """The files under the names of conf/model, all sizes but the kind of token overridden."""
+    run = compose([
+        f"model={name}", f"weights={tmp_path}", "model.resolution=0.06M", "model.num_layers=4", "model.num_heads=4",
+        "model.head_dim=16", "model.params.width=64", "model.params.block_chunks=2", "model.params.text_channels=256",
+        "model.params.text_length=32", f"model.params.tokenizer.bits={golden.CODES[model].bits}",
+        "model.params.tokenizer.base_channels=32", f"model.params.tokenizer.multipliers={[*golden.MULTIPLIERS[model]]}",
+    ]).first  # fmt: skip
+    names = {f.role: f.name for f in run.model.weights.files}
+    assert names["transformer"] == net
+    write = sharded_safetensors if model == "B" else flat
+    write(tmp_path, official(model)).rename(tmp_path / net)
+    wrapped(tmp_path, pixels(model)).rename(tmp_path / names["tokenizer"])
+    with pytest.raises(SetupError, match="flan-t5-xl is missing"):
+        setup.weight_files(run)
+    (tmp_path / "flan-t5-xl").mkdir()
+    files = setup.weight_files(run)
+    assert len(setup.weights_sha256(files)) == 64
+    loaded = setup.load_model(run, {role: path for role, path in files.items() if role != "text"})
+    assert isinstance(loaded, InfinityModel) and loaded.codes == golden.CODES[model]
+    assert loaded.transformer.layers()[0].ffn.fc1.weight.dtype == torch.bfloat16
+    assert loaded.rope.shape[1] == 521
 
 
 def test_what_may_be_absent_and_what_is_ignored(tmp_path: Path) -> None:

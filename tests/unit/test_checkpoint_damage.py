@@ -142,6 +142,11 @@ def code_in_old_pickle(folder: Path) -> Path:
     return folder / "infinity.pth"
 
 
+def code_in_new_pickle(folder: Path) -> Path:
+    torch.save({"x": Code(f"touch {folder / 'ran'}")}, folder / "infinity.pth", pickle_protocol=4)
+    return folder / "infinity.pth"
+
+
 def code_in_shard(folder: Path) -> Path:
     path = sharded_bin(folder, official("A"))
     torch.save({"x": Code(f"touch {folder / 'ran'}")}, path / "pytorch_model-00002-of-00003.bin")
@@ -192,6 +197,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Path], type[HeatKVError], str]] = {
     "integers": (changed(head__bias=lambda t: t.long()), ArtifactError, "head.bias holds torch.int64"),
     "code in a pickle": (code_in_pickle, ArtifactError, "asks for code to be run.*nothing was run"),
     "code in an old pickle": (code_in_old_pickle, ArtifactError, "asks for code to be run.*nothing was run"),
+    "code in a pickle of protocol 4": (code_in_new_pickle, ArtifactError, "asks for code to be run.*nothing was run"),
     "code in a shard": (code_in_shard, ArtifactError, "00002.*asks for code to be run.*nothing was run"),
     "a text": (written(b"<!doctype html><html>Not found"), ArtifactError, "not a checkpoint"),
     "nothing": (written(b""), ArtifactError, "not a checkpoint"),

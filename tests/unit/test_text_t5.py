@@ -1,4 +1,4 @@
-"""The T5 text encoder on a folder made here: a tiny random network and a word tokenizer, read as Flan-T5-XL would be."""
+"""The T5 text encoder on a folder made here: a tiny random network and a word tokenizer, read like Flan-T5-XL."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from heatkv_cli.models.infinity.text_t5 import Precision, T5Encoder
 
 needs_transformers = pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs heatkv[t5]")
 
-WORDS = ["<pad>", "</s>", "<unk>", *"a red blue circle square left of right above the two".split()]
+WORDS = [
+    "<pad>",
+    "</s>",
+    "<unk>",
+    *"a red blue circle square left of right above the two green ring star arrow cross below touching big".split(),
+]
 CHANNELS = 32
 PROMPTS = ["a red circle", "two blue square left of the red circle", ""]
 
@@ -51,6 +56,28 @@ def test_features_end_with_the_prompt(folder: Path) -> None:
     rows = encoder(folder).encode(PROMPTS)
     assert [tuple(r.shape) for r in rows] == [(4, CHANNELS), (9, CHANNELS), (1, CHANNELS)]  # the end token is kept
     assert all(r.dtype == torch.float32 and r.isfinite().all() for r in rows)
+
+
+def test_a_sentencepiece_model_alone_is_enough(folder: Path, tmp_path: Path) -> None:
+    """Older folders hold `spiece.model` and no `tokenizer.json`."""
+    pieces = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    shutil.copytree(folder, tmp_path / "t5")
+    (tmp_path / "t5" / "tokenizer.json").unlink()
+    (tmp_path / "words.txt").write_text("\n".join(f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "square")))
+    pieces.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "t5" / "spiece"), vocab_size=len(WORDS),
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "pad_token": "<pad>", "eos_token": "</s>"}
+    (tmp_path / "t5" / "tokenizer_config.json").write_text(json.dumps(settings | {"unk_token": "<unk>"}))
+    reader = pieces.SentencePieceProcessor(model_file=str(tmp_path / "t5" / "spiece.model"))
+    assert reader.get_piece_size() <= len(WORDS)
+    net = encoder(tmp_path / "t5")
+    (row,) = net.encode(["a red circle"])
+    assert net._loaded is not None
+    assert net._loaded[0]("a red circle")["input_ids"] == [*reader.encode("a red circle"), 1]
+    assert len(row) == len(reader.encode("a red circle")) + 1
 
 
 def test_padding_changes_only_the_rounding(folder: Path) -> None:

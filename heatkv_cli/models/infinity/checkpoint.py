@@ -232,7 +232,7 @@ def fill(
             f"{path}: tensors do not match the model: {', '.join(parts)}",
             f"the file looks like a {what}; take the complete official file" if what else "check which file this is",
         )
-    wrong = [name for name, entry in entries.items() if entry.shape != wanted[name]]
+    wrong = [name for name in wanted if name in entries and entries[name].shape != wanted[name]]
     if wrong:
         first, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ArtifactError(

@@ -6,15 +6,18 @@ into memory, weights only: a pickle that asks for code is refused, none is run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -114,17 +117,20 @@ def _open_pickle(path: Path, inside: Sequence[tuple[str, ...]]) -> dict[str, Ent
     with path.open("rb") as handle:
         if handle.read(2) == b"PK" and not zipped:
             raise ArtifactError(f"{path} is cut short: its table of contents is missing", AGAIN)
-    try:  # the format before torch 1.6 cannot be mapped
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols; the error says what is to be said
+            # the format before torch 1.6 cannot be mapped
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)|Trying to \w+ .*?(?:function|class) (\S+)|Trying to", str(error))
-        if code:
-            asked = next((f" ({name})" for name in code.groups() if name), "")
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named or _names_code(path, zipped):
+            asked = f" ({named.group(1)})" if named else ""
             raise ArtifactError(
                 f"{path} holds more than tensors: it asks for code to be run{asked}; nothing was run",
                 "take the file from its official source, or have its author save the state dict alone",
             ) from error
-        raise ArtifactError(f"{path} is not a checkpoint, or damaged: {first_line(error)}", AGAIN) from error
+        raise ArtifactError(f"{path} is not a checkpoint: no tensors can be read from it", AGAIN) from error
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise ArtifactError(f"{path} is damaged or cut short: {first_line(error)}", AGAIN) from error
     tensors = _state_dict(path, loaded, inside)
@@ -133,6 +139,21 @@ def _open_pickle(path: Path, inside: Sequence[tuple[str, ...]]) -> dict[str, Ent
         return lambda: tensors.pop(name)  # an unmapped tensor is freed once it is copied
 
     return {name: Entry(tuple(tensor.shape), reader(name)) for name, tensor in tensors.items()}
+
+
+def _names_code(path: Path, zipped: bool) -> bool:
+    """Whether a pickle names a class or function: what torch could not even parse is looked through, not executed."""
+    try:
+        with contextlib.ExitStack() as stack:
+            if zipped:
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                handle: IO[bytes] = stack.enter_context(archive.open(name))
+            else:
+                handle = stack.enter_context(path.open("rb"))
+            return any(op.name in ("GLOBAL", "STACK_GLOBAL", "INST") for op, _, _ in pickletools.genops(handle))
+    except (ValueError, OSError, StopIteration, zipfile.BadZipFile):
+        return False
 
 
 def first_line(error: Exception) -> str:

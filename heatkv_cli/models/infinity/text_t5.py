@@ -90,6 +90,10 @@ class T5Encoder:
             raise SetupError(f"text encoder: {str(error).strip().splitlines()[0]}", INSTALL) from error
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if "pip install" in str(error):  # transformers guesses at packages when it cannot read spiece.model
+                raise SetupError(
+                    f"text encoder: the tokenizer in {self.folder} needs a package: {first}", INSTALL
+                ) from error
             raise ArtifactError(f"{self.folder} is damaged or incomplete: {first}", "fetch the folder again") from error
         missing = sorted(info["missing_keys"])
         if missing:  # transformers would fill them with random numbers
