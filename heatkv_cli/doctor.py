@@ -38,7 +38,7 @@ NEEDED = {
 }
 """Distributions every installation has, and the module each is imported as."""
 
-OPTIONAL = {"open_clip_torch": ("open_clip", "clip"), "transformers": ("transformers", "image-reward")}
+OPTIONAL = {"open_clip_torch": ("open_clip", "clip"), "transformers": ("transformers", "t5")}
 """Distributions of extras: module, and the extra that brings it."""
 
 LOW_DISK = 2 * 2**30
