@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes results/tiny anew: about 15 minutes on two CPU cores. Resumes where it was interrupted.
+# Makes results/tiny anew, but for the training logs: about 15 minutes on two CPU cores. Resumes where it was interrupted.
 #   scripts/reproduce_tiny.sh [folder for the images, default runs/reproduce-tiny]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
