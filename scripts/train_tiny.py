@@ -230,6 +230,28 @@ def check_transformer(model: Tiny, tokenizer: Tokenizer, per_task: int) -> dict[
     return score_scenes(torch.cat(images), scenes)
 
 
+def optimisers(model: Tiny, lr: float) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """AdamW for all but the blocks' matrices, which get Muon at twice the rate."""
+    hidden = [p for b in model.transformer.layers() for p in b.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in hidden}
+    other = [p for p in model.parameters() if id(p) not in chosen]
+    adam = torch.optim.AdamW(other, lr=lr, betas=(0.9, 0.97), weight_decay=0.01, fused=True)
+    return adam, torch.optim.Muon(hidden, lr=2 * lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+
+
+def losses(
+    model: Tiny, latents: Tensor, words: Tensor, nouns: Tensor, flip: float, attention: TrainingAttention, scales: int
+) -> tuple[Tensor, Tensor]:
+    """BCE per bit over the first `scales` scales, a bit of scale p weighted by p^-1.5, and the loss of the probe."""
+    bits, inputs = noisy_inputs(latents.float(), flip, scales)
+    # the fused kernel's backward takes half of a step at this head size
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        logits, features = model(words, torch.rand(len(words)) < 0.1, inputs, attention)
+    each = F.binary_cross_entropy_with_logits(logits.float(), bits, reduction="none").mean((0, 2))
+    weight = torch.cat([torch.full((p * p,), p**-1.5) for p in SIDES[:scales]])
+    return (each * weight).sum() / weight.sum(), model.probe_loss(features.float(), nouns)
+
+
 def train_transformer(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
     path, log = a.out / "transformer.pt", a.out / "transformer.csv"
@@ -238,11 +260,7 @@ def train_transformer(a: argparse.Namespace) -> None:
     words, nouns = words[256:], nouns[256:]
     model, tokenizer = Tiny(), load_tokenizer(a)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(latents)} images", flush=True)
-    hidden = [p for b in model.transformer.layers() for p in b.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in hidden}
-    other = [p for p in model.parameters() if id(p) not in chosen]
-    adam = torch.optim.AdamW(other, lr=a.lr, betas=(0.9, 0.97), weight_decay=0.01, fused=True)
-    muon = torch.optim.Muon(hidden, lr=2 * a.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    adam, muon = optimisers(model, a.lr)
     average = {k: v.clone() for k, v in model.state_dict().items()}
     step, spent = 0, 0.0
     if path.exists():
@@ -253,7 +271,6 @@ def train_transformer(a: argparse.Namespace) -> None:
                 opt.load_state_dict(state[name])
         average, step, spent = state["average"], state["step"], state["spent"]
     torch.manual_seed(a.seed + 1 + step)
-    weight = torch.cat([torch.full((p * p,), p**-1.5) for p in SIDES])
     attention = {n: TrainingAttention(n, torch.bfloat16) for n in (SHORT, len(SIDES))}
     plain = Block.before, Block.after
     fast = tuple(torch.compile(f, dynamic=False) for f in plain) if a.compile else plain
@@ -264,18 +281,10 @@ def train_transformer(a: argparse.Namespace) -> None:
         decay = 1.0 if r < a.flat else max(0.01, 0.5 * (1 + math.cos((r - a.flat) / (1 - a.flat) * math.pi)))
         for opt, lr in ((adam, a.lr), (muon, 2 * a.lr)):
             opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * decay
-        scales = (
-            SHORT if r < a.short or step % 2 else len(SIDES)
-        )  # coarse scales decide the layout: more steps for them
+        # coarse scales decide the layout: more steps for them
+        scales = SHORT if r < a.short or step % 2 else len(SIDES)
         index = torch.randint(0, len(latents), (a.batch,))
-        bits, inputs = noisy_inputs(latents[index].float(), a.flip, scales)
-        # the fused kernel's backward takes half of a step at this head size
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            logits, features = model(words[index], torch.rand(a.batch) < 0.1, inputs, attention[scales])
-        each = F.binary_cross_entropy_with_logits(logits.float(), bits, reduction="none").mean((0, 2))
-        used = weight[: len(each)]
-        probe = model.probe_loss(features.float(), nouns[index])
-        loss = (each * used).sum() / used.sum()
+        loss, probe = losses(model, latents[index], words[index], nouns[index], a.flip, attention[scales], scales)
         (loss + 0.05 * probe).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in (adam, muon):
@@ -290,21 +299,11 @@ def train_transformer(a: argparse.Namespace) -> None:
                 average[k].lerp_(v, 1 - keep)
         if step % 50 == 0:
             mean = torch.tensor(recent[-50:]).mean(0).tolist()
-            print(
-                f"{step} {spent:.0f}s loss {mean[0]:.4f} probe {mean[1]:.3f} scales {scales} rate {decay:.2f}",
-                flush=True,
-            )
+            print(f"{step} {spent:.0f} s loss {mean[0]:.4f} probe {mean[1]:.3f} rate {decay:.2f}", flush=True)
         if spent > due or spent >= a.seconds:
             due += a.every
-            save(
-                path,
-                model=model.state_dict(),
-                adam=adam.state_dict(),
-                muon=muon.state_dict(),
-                average=average,
-                step=step,
-                spent=spent,
-            )
+            states = {"model": model.state_dict(), "adam": adam.state_dict(), "muon": muon.state_dict()}
+            save(path, **states, average=average, step=step, spent=spent)
             Block.before, Block.after = plain  # its many shapes would be compiled one by one
             row = validate(average, held, tokenizer, a.per_task)
             Block.before, Block.after = fast
@@ -312,6 +311,7 @@ def train_transformer(a: argparse.Namespace) -> None:
             mean = torch.tensor(recent).mean(0).tolist()
             log_row(log, head | {"train_loss": round(mean[0], 4), "probe": round(mean[1], 4)} | row)
             recent, last = [], time.time()
+    Block.before, Block.after = plain
 
 
 def validate(average: dict[str, Tensor], held: list[Tensor], tokenizer: Tokenizer, per_task: int) -> dict[str, float]:

@@ -176,7 +176,7 @@ def _make(
         raise GPUMemoryError(
             f"out of GPU memory with batch size {len(batch)}", f"runtime.batch_size={max(1, len(batch) // 2)}"
         ) from error
-    numbers = {**_costs(cache.ledger, seconds, len(batch))}
+    numbers = _costs(cache.ledger, seconds, len(batch))
     common = {
         "batch": batch[0].image_id,
         "seconds": seconds / len(batch),
@@ -238,7 +238,7 @@ def bit_kl(full: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, float]:
     for t, (a, b) in enumerate(zip(full, other, strict=True)):
         if t == 0:
             continue
-        a, b = a.double(), b.double()
+        a, b = a.double().cpu(), b.double().cpu()
         kl = torch.sigmoid(a) * (a - b) + softplus(b) - softplus(a)
         each[f"kl_s{t}"] = kl.mean().item()
         total, count = total + kl.sum().item(), count + kl.numel()
