@@ -144,11 +144,12 @@ def _costs(folder: RunFolder, job: Job) -> dict[str, float]:
 def _write_scores(item: Evaluated) -> None:
     """The number of every image, for paired comparisons between any two runs (scripts/compare.py)."""
     rows: list[Mapping[str, Any]] = [dict(zip(SCORE_COLUMNS, SCORE_COLUMNS, strict=True))]
+    image_ids = {(image.item.id, image.sample): image.image_id for image in item.job.images}
     for metric, scores in item.scores.items():
-        for image, score in zip(item.job.images, scores, strict=False):
+        for score in scores:  # of a shard perhaps: not one for every image
             rows.append(
                 {
-                    "image_id": image.image_id,
+                    "image_id": image_ids[score.prompt_id, score.index],
                     "metric": metric,
                     "value": score.value,
                     "stratum": score.stratum,

@@ -133,6 +133,20 @@ def test_full_budget_is_the_full_cache(out: Path, capsys: Capture) -> None:
     assert {name: hashes(same)[name] for name in pictures} == {name: hashes(full)[name] for name in pictures}
 
 
+def test_scores_of_a_shard_bear_the_names_of_its_images(tmp_path: Path, capsys: Capture) -> None:
+    call(
+        capsys, "eval", "method=full", "metric=shapes", "contact_sheet=0", "--limit", "8", "--shard", "1/2", "--out",
+        str(tmp_path), *SMALL,
+    )  # fmt: skip
+    (scores,) = tmp_path.glob("images/*/scores.csv")
+    with scores.open(newline="") as f:
+        names = [row["image_id"] for row in csv.DictReader(f)]
+    with (scores.parent / "free" / "manifest-1of2.csv").open(newline="") as f:
+        made = [row["image_id"] for row in csv.DictReader(f)]
+    assert len(made) == 4
+    assert names == made
+
+
 def test_noise_floor_is_full_against_full(out: Path, capsys: Capture) -> None:
     report = call(
         capsys, "eval", "method=full", "runtime.attention=masked", "metric=kl,psnr_layout", "--limit", "4", "--out",
