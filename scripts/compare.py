@@ -10,7 +10,6 @@ resampled as well as prompts.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import shlex
 import sys
@@ -30,9 +29,8 @@ COLUMNS = (
 def load_scores(folder: Path) -> dict[str, dict[str, float]]:
     """{metric: {image: value}} of a run."""
     scores: dict[str, dict[str, float]] = {}
-    with (folder / "scores.csv").open(newline="") as f:
-        for row in csv.DictReader(f):
-            scores.setdefault(row["metric"], {})[row["image_id"]] = float(row["value"])
+    for row in read_csv(folder / "scores.csv"):
+        scores.setdefault(row["metric"], {})[row["image_id"]] = float(row["value"])
     return scores
 
 

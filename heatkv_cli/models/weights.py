@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -38,6 +39,13 @@ def find_file(model: str, name: str, folder: Path | None, sha256: str | None = N
 def sha256_path(path: Path) -> str:
     """Digest of a file, or of a folder: of the names and digests of the files in it that a loader may read."""
     if not path.is_dir():
-        return sha256_file(path)
+        found = path.stat()
+        return _digest(path, found.st_size, found.st_mtime_ns)
     parts = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in READ)
-    return hashlib.sha256("\n".join(f"{f.name} {sha256_file(f)}" for f in parts).encode()).hexdigest()
+    return hashlib.sha256("\n".join(f"{f.name} {sha256_path(f)}" for f in parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    """Every run of a sweep asks for the same files: each is read once, unless it changes."""
+    return sha256_file(path)

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,6 +27,7 @@ from heatkv_cli.models.infinity.schedules import (
 )
 from heatkv_cli.models.infinity.tokenizer import Codes, quantise, resize
 from heatkv_cli.models.infinity.transformer import Conditioning, Infinity, InfinityConfig, Text
+from tiny_net import FullAttention
 
 # --------------------------------------------------------------------------------------------------------- schedules
 
@@ -286,22 +286,6 @@ def tiny(level_once: bool = True) -> Infinity:
     return net
 
 
-class Plain:
-    """The plainest cache: keep everything, attend to everything."""
-
-    def __init__(self) -> None:
-        self.past: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        if layer in self.past:
-            k, v = (torch.cat(pair, 2) for pair in zip(self.past[layer], (k, v), strict=True))
-        self.past[layer] = k, v
-        return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
-
-    def end_scale(self) -> None:
-        pass
-
-
 @given(
     guide=st.sets(st.sampled_from([0, -1, -2, -3, -4]), min_size=1),
     cfg=st.tuples(*[st.sampled_from([0.5, 1.0, 2.0, 3.0])] * 3),
@@ -321,11 +305,11 @@ def test_guidance_by_the_letter(guide: set[int], cfg: tuple[float, ...], level_o
     geometry = Geometry("letter", DEPTH, 2, 32, ScaleSchedule(SIZES), 1)
     model = InfinityModel(geometry, net, None, None, (6, 4))  # type: ignore[arg-type]
     sampling = Sampling(cfg, (1.0,) * 3, guide_layers=tuple(guide))
-    trace = model.generate(Text.pack([text]), sampling, Plain(), None, bits)
+    trace = model.generate(Text.pack([text]), sampling, FullAttention(), None, bits)
     guided = any(c != 1 for c in cfg)
     assert model.rows(1, sampling) == 1 + guided
     conditions = [net.condition(Text.pack([t])) for t in ((text, net.cfg_uncond[:5]) if guided else (text,))]
-    caches, inputs = [Plain(), Plain()], [net.start(c) for c in conditions]
+    caches, inputs = [FullAttention(), FullAttention()], [net.start(c) for c in conditions]
     offsets, total = geometry.schedule.offsets, torch.zeros(1, 2, 6, 4)
     for s in range(len(SIZES)):
         hidden = list(inputs)
@@ -348,7 +332,7 @@ def test_guidance_by_the_letter(guide: set[int], cfg: tuple[float, ...], level_o
             inputs = [net.embed(tokens) for _ in conditions]
 
 
-def one_block(block, x: Tensor, cond: Conditioning, rope: Tensor, cache: Plain, layer: int) -> Tensor:  # type: ignore[no-untyped-def]
+def one_block(block, x: Tensor, cond: Conditioning, rope: Tensor, cache: FullAttention, layer: int) -> Tensor:  # type: ignore[no-untyped-def]
     q, k, v = block.before(x, cond.ada, rope)
     return block.after(x, cache.attend(layer, q, k, v, 1.0), cond.ada, cond.cross[layer], cond.mask)
 

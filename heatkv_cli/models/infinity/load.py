@@ -65,7 +65,7 @@ def load_bundled(
         device: where it runs.
         width, block_chunks, text_channels, text_layers: of the networks.
         rope_base, rope_mode: see `rope_table`.
-        tokenizer: fields of `TokenizerConfig`.
+        tokenizer: fields of `TokenizerConfig`, and `patch`, see `Codes`.
 
     Raises:
         ArtifactError: the file is damaged, or does not fit the YAML.
@@ -78,9 +78,9 @@ def load_bundled(
         words, max_words = list(header["words"]), int(header["max_words"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ArtifactError(f"{path} is not a bundled model: {error}", "install heatkv again") from error
-    shape = TokenizerConfig(**{**tokenizer, "multipliers": tuple(tokenizer["multipliers"])})
+    shape, codes = _shape(tokenizer)
     config = InfinityConfig(
-        geometry.num_layers, width, geometry.num_heads, block_chunks, Codes(shape.bits), text_channels, max_words
+        geometry.num_layers, width, geometry.num_heads, block_chunks, codes, text_channels, max_words
     )
     parts: dict[str, nn.Module] = {
         "transformer": Infinity(config),
@@ -94,6 +94,14 @@ def load_bundled(
     transformer, pixels, text = (parts[name] for name in PARTS)
     assert isinstance(transformer, Infinity) and isinstance(pixels, Tokenizer) and isinstance(text, WordEncoder)
     return InfinityModel(geometry, transformer, pixels, text, (rope_base[0], rope_base[1]), rope_mode)
+
+
+def _shape(tokenizer: Mapping[str, Any]) -> tuple[TokenizerConfig, Codes]:
+    """The tokenizer's section of a model's YAML -> its shape, and how its bits are packed into tokens."""
+    fields = dict(tokenizer)
+    patch = int(fields.pop("patch", 1))
+    shape = TokenizerConfig(**{**fields, "multipliers": tuple(fields["multipliers"])})
+    return shape, Codes(shape.bits, patch)
 
 
 def _fill(path: Path, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -141,10 +149,7 @@ def load_official(
         SetupError: a file, a shard or a package is missing.
         ArtifactError: a file is damaged, or belongs to another model; or tokenizer and transformer do not fit.
     """
-    fields = dict(tokenizer)
-    patch = int(fields.pop("patch", 1))
-    shape = TokenizerConfig(**{**fields, "multipliers": tuple(fields["multipliers"])})
-    codes = Codes(shape.bits, patch)
+    shape, codes = _shape(tokenizer)
     config = InfinityConfig(
         geometry.num_layers, width, geometry.num_heads, block_chunks, codes, text_channels, text_length
     )
@@ -159,7 +164,7 @@ def load_official(
     net_file = open_checkpoint(net_path, AVERAGED if ema else TRANSFORMER_PLACES)
     pixel_file = open_checkpoint(pixel_path, TOKENIZER_PLACES)
     found = require(net_path, net_file, net, geometry.model)
-    require_pair((net_path, found), (pixel_path, identify_entries(pixel_file)), patch)
+    require_pair((net_path, found), (pixel_path, identify_entries(pixel_file)), codes.patch)
     require(pixel_path, pixel_file, pixels, geometry.model)
     text = T5Encoder(files["text"], text_channels, text_length, t5_dtype, device) if "text" in files else None
     load_transformer(net_path, net_file, net, getattr(torch, dtype), device)
