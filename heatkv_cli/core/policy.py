@@ -15,6 +15,7 @@ from torch import Tensor
 from heatkv_cli.core.artifacts import Orders, Schedule
 from heatkv_cli.core.attention import column_mass
 from heatkv_cli.core.budget import Budget
+from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.scales import Geometry
 
 
@@ -144,7 +145,7 @@ class Method:
 
     @property
     def calibrated(self) -> bool:
-        """Whether `build_schedule` needs the calibration's orders; without, it works from the geometry alone."""
+        """Whether the method reads the calibration: its orders in `build_schedule`, or all of it in `policy`."""
         return False
 
     def build_schedule(self, geometry: Geometry, budget: Budget, orders: Orders | None) -> Schedule:
@@ -159,8 +160,21 @@ class Method:
         """
         raise NotImplementedError(f"{type(self).__name__} has no schedule")
 
-    def policy(self, geometry: Geometry, budget: Budget, schedule: Schedule | None, rows: int) -> Policy:
-        """A fresh policy for one generation of `rows` batch rows.
+    def policy(
+        self,
+        geometry: Geometry,
+        budget: Budget,
+        schedule: Schedule | None,
+        rows: int,
+        calibration: Calibration | None = None,
+    ) -> Policy:
+        """A fresh policy for one generation.
+
+        Args:
+            geometry, budget: what it runs on, and what it may keep.
+            schedule: of methods that are `scheduled`.
+            rows: batch rows, guidance rows included.
+            calibration: of methods that are `calibrated` and not scheduled.
 
         Raises:
             BudgetError: the budget is too small for the method.

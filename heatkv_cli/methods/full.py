@@ -7,6 +7,7 @@ from fractions import Fraction
 
 from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.budget import Budget
+from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.policy import Method, Policy
 from heatkv_cli.core.scales import Geometry
 
@@ -20,7 +21,14 @@ class Full(Method):
     Differs: upstream also stores the last scale, and keys in float32; neither changes a result.
     """
 
-    def policy(self, geometry: Geometry, budget: Budget, schedule: Schedule | None, rows: int) -> Policy:
+    def policy(
+        self,
+        geometry: Geometry,
+        budget: Budget,
+        schedule: Schedule | None,
+        rows: int,
+        calibration: Calibration | None = None,
+    ) -> Policy:
         """Needs the whole cache, so its smallest budget is 1."""
         budget.require(Fraction(1), geometry, "full")
         return Policy(capacity=geometry.full_tokens)

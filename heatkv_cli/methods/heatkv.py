@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from heatkv_cli.core.artifacts import Orders, Schedule
 from heatkv_cli.core.budget import Budget
+from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.orders import random_orders
 from heatkv_cli.core.policy import Keep, Method, Policy, Visit
 from heatkv_cli.core.scales import Geometry
@@ -56,7 +57,14 @@ class HeatKV(Method):
             raise ConfigError("method heatkv needs removal orders", "heatkv calibrate, or --orders FILE")
         return removal_schedule(geometry, budget, orders, "heatkv" if self.calibrated else "random")
 
-    def policy(self, geometry: Geometry, budget: Budget, schedule: Schedule | None, rows: int) -> Policy:
+    def policy(
+        self,
+        geometry: Geometry,
+        budget: Budget,
+        schedule: Schedule | None,
+        rows: int,
+        calibration: Calibration | None = None,
+    ) -> Policy:
         """The schedule at work."""
         if schedule is None:
             raise ConfigError("method heatkv needs a schedule", "heatkv build-schedule method=heatkv")

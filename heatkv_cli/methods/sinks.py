@@ -9,6 +9,7 @@ import torch
 
 from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.budget import Budget
+from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.policy import Keep, Method, Policy, Visit
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.core.schedule import smallest_budget
@@ -22,7 +23,14 @@ class Sinks(Method):
     Source: control of ours; the sink scales are those of HeatKV (arXiv 2605.14877).
     """
 
-    def policy(self, geometry: Geometry, budget: Budget, schedule: Schedule | None, rows: int) -> Policy:
+    def policy(
+        self,
+        geometry: Geometry,
+        budget: Budget,
+        schedule: Schedule | None,
+        rows: int,
+        calibration: Calibration | None = None,
+    ) -> Policy:
         """Uses C_S / P of the cache, whatever the budget allows above that."""
         budget.require(smallest_budget(geometry), geometry, "sinks")
         return _Sinks(geometry)

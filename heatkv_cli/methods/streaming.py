@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.budget import Budget
+from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.policy import Keep, Method, Policy, Visit
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.errors import BudgetError, ConfigError
@@ -37,7 +38,14 @@ class Streaming(Method):
                 f"method streaming: sink is {self.sink!r}", "give a number of tokens >= 0, or method.sink=scales"
             )
 
-    def policy(self, geometry: Geometry, budget: Budget, schedule: Schedule | None, rows: int) -> Policy:
+    def policy(
+        self,
+        geometry: Geometry,
+        budget: Budget,
+        schedule: Schedule | None,
+        rows: int,
+        calibration: Calibration | None = None,
+    ) -> Policy:
         """Needs room for its sinks and one recent token."""
         sink = geometry.sink_tokens if self.sink == "scales" else int(self.sink)
         cap = min(budget.cap(geometry.schedule), geometry.schedule.peak_tokens)

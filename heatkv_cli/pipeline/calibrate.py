@@ -12,7 +12,7 @@ from heatkv_cli.config import Plan, RunConfig, config_hash
 from heatkv_cli.console import Console
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.policy import Policy
+from heatkv_cli.core.policy import Method, Policy
 from heatkv_cli.core.stability import Stability, compare_calibrations, half_split_stability
 from heatkv_cli.core.statistics import AttentionStatistics, concatenate
 from heatkv_cli.pipeline import setup
@@ -40,6 +40,13 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
         )  # fmt: skip
     ui.next(f"heatkv build-schedule --model {plan.first.model.name} budget=0.1")
     return {**reports[0], "calibrations": reports}
+
+
+def calibration_of(cfg: RunConfig, method: Method, ui: Console) -> Calibration | None:
+    """What a calibrated method without a schedule reads at run time; made if it is not there."""
+    if method.scheduled or not method.calibrated:
+        return None
+    return Calibration.load(calibration_path(cfg, ui), setup.geometry_of(cfg.model))
 
 
 def calibration_path(cfg: RunConfig, ui: Console) -> Path:

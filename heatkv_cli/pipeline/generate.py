@@ -25,11 +25,13 @@ from heatkv_cli.config import Plan, RunConfig, config_hash
 from heatkv_cli.console import Console
 from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.cache import KVCache
+from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.ledger import Ledger
 from heatkv_cli.errors import ConfigError, GPUMemoryError
 from heatkv_cli.models.base import ImageModel, Trace
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.build_schedule import schedule_of
+from heatkv_cli.pipeline.calibrate import calibration_of
 from heatkv_cli.results import RunFolder, finish_meta, write_meta
 
 FREE, LAYOUT, FORCED = "free", "layout", "forced"
@@ -46,6 +48,7 @@ class Job:
     files: dict[str, Path]
     weights_sha256: str
     schedule: Schedule | None
+    calibration: Calibration | None
     images: list[setup.Image]
     prompts_sha256: str
 
@@ -97,13 +100,16 @@ def prepare(cfg: RunConfig, ui: Console) -> Job:
     files = setup.weight_files(cfg)
     weights = setup.weights_sha256(files)
     _, schedule = schedule_of(cfg, ui)
-    method.policy(geometry, budget, schedule, 1)  # an infeasible budget is told before anything is made
+    calibration = calibration_of(cfg, method, ui)
+    method.policy(geometry, budget, schedule, 1, calibration)  # an infeasible budget is told before anything is made
     identity = {
         **cfg.identity(),
         "weights": weights,
         "schedule": schedule.sha256 if schedule else None,
         "prompts": prompts.sha256,
     }
+    if calibration is not None:
+        identity["calibration"] = calibration.sha256
     digest = config_hash(identity)
     run_id = cfg.name(digest)
     size = cfg.runtime.batch_size
@@ -111,7 +117,7 @@ def prepare(cfg: RunConfig, ui: Console) -> Job:
     asked = len(every) if cfg.limit is None else min(cfg.limit * samples, len(every))
     images = every[: -(-asked // size) * size]  # whole batches: the same files whatever the limit
     folder = cfg.out / "images" / run_id
-    return Job(cfg, run_id, digest, folder, files, weights, schedule, images, prompts.sha256)
+    return Job(cfg, run_id, digest, folder, files, weights, schedule, calibration, images, prompts.sha256)
 
 
 def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | None = None) -> None:
@@ -133,6 +139,7 @@ def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | 
         run_id=job.run_id,
         weights_sha256=job.weights_sha256,
         schedule_sha256=job.schedule.sha256 if job.schedule else None,
+        calibration_sha256=job.calibration.sha256 if job.calibration else None,
         prompts_sha256=job.prompts_sha256,
     )
     ui.log_to(job.folder)
@@ -215,7 +222,7 @@ def new_cache(job: Job, model: ImageModel, batch: int) -> KVCache:
     rows, budget = model.rows(batch, setup.sampling_of(cfg.model)), setup.budget_of(cfg)
     return KVCache(
         model.geometry,
-        setup.method_of(cfg.method).policy(model.geometry, budget, job.schedule, rows),
+        setup.method_of(cfg.method).policy(model.geometry, budget, job.schedule, rows, job.calibration),
         rows,
         cond_rows=batch,
         dtype=getattr(torch, cfg.model.dtype),
