@@ -37,29 +37,41 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Iterable[Group], 
     Returns:
         (B, H, N, D) in q's dtype.
     """
-    out: Tensor | None = None
-    for group in groups:
-        part = _group_attention(q, k, v, group, softmax_scale)
-        if len(group.heads) == q.shape[1]:
+    every = q.shape[1]
+    parts: list[Tensor | None] = [None] * every
+
+    def attend(group: Group) -> tuple[Sequence[int], Tensor]:
+        queries = q if len(group.heads) == every else _gathered(q, group.heads)
+        keys, values = _joined(group.k, k, group.heads), _joined(group.v, v, group.heads)
+        return group.heads, F.scaled_dot_product_attention(queries, keys, values, scale=softmax_scale)
+
+    for heads, part in map(attend, groups):  # map lets go of a group before it asks for the next
+        if len(heads) == every:
             return part
-        out = torch.empty_like(q) if out is None else out
-        out[:, list(group.heads)] = part
-    if out is None:
-        raise ValueError("grouped_attention: no groups")
-    return out
+        for head, answer in zip(heads, part.unbind(1), strict=True):
+            parts[head] = answer
+    found = [part for part in parts if part is not None]
+    if len(found) < every:
+        raise ValueError(f"grouped_attention: {every - len(found)} of {every} heads are in no group")
+    return torch.stack(found, 2).transpose(1, 2)  # heads beside each other, as the output projection reads them
 
 
-def _group_attention(q: Tensor, k: Tensor, v: Tensor, group: Group, softmax_scale: float) -> Tensor:
-    heads = slice(None) if len(group.heads) == q.shape[1] else list(group.heads)
-    keys, values = _joined(group.k, k[:, heads]), _joined(group.v, v[:, heads])
-    return F.scaled_dot_product_attention(q[:, heads], keys, values, scale=softmax_scale)
+def _gathered(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Heads of (B, H, N, D). Views, stacked: several times faster than an index, and no wait for a device."""
+    return torch.stack([x[:, head] for head in heads], 1)
 
 
-def _joined(history: Tensor, current: Tensor) -> Tensor:
-    """Both along the tokens; no copy where one of them is empty."""
+def _joined(history: Tensor, current: Tensor, heads: Sequence[int]) -> Tensor:
+    """History (B, G, n, D) and the heads' share of the current scale (B, H, N, D) along the tokens, copied once."""
+    every = len(heads) == current.shape[1]
+    if not current.shape[2]:
+        return history
     if not history.shape[2]:
-        return current
-    return torch.cat((history, current), 2) if current.shape[2] else history
+        return current if every else _gathered(current, heads)
+    if every:
+        return torch.cat((history, current), 2)
+    pieces = [piece for i, head in enumerate(heads) for piece in (history[:, i], current[:, head])]
+    return torch.cat(pieces, 1).unflatten(1, (len(heads), -1))
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_scale: float) -> Tensor:

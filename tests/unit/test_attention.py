@@ -81,7 +81,7 @@ def test_the_dtype_stays() -> None:
 
 def test_no_groups_are_a_mistake() -> None:
     q = randn(B, H, Q, D, seed=1)
-    with pytest.raises(ValueError, match="no groups"):
+    with pytest.raises(ValueError, match="in no group"):
         grouped_attention(q, q, q, [], SCALE)
 
 
