@@ -1,8 +1,10 @@
 """Attention over heads that keep different numbers of tokens: never padded, never masked.
 
 Heads of a layer that keep equally many tokens form a group; a group is one `scaled_dot_product_attention` over
-[its history, the current scale]. The masked oracle computes the same from a padded dense tensor; tests hold every back
-end to it (design.md 10, tolerances). Statistics of attention are computed in chunks of queries, never as one matrix.
+[its history, the current scale]. `varlen` hands the same to PyTorch's variable-length kernel in one launch, every
+(row, head) a sequence of its own length; it needs CUDA and half precision. The masked oracle computes it from a padded
+dense tensor; tests hold every back end to it (design.md 10, tolerances). Statistics of attention are computed in
+chunks of queries, never as one matrix.
 """
 
 from __future__ import annotations
@@ -54,6 +56,54 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Iterable[Group], 
     if len(found) < every:
         raise ValueError(f"grouped_attention: {every - len(found)} of {every} heads are in no group")
     return torch.stack(found, 2).transpose(1, 2)  # heads beside each other, as the output projection reads them
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], history: tuple[Tensor, Tensor], softmax_scale: float
+) -> Tensor:
+    """Attention of q over [history of each head, current k, v] in one launch.
+
+    Args:
+        q, k, v: of the current scale, (B, H, N, D); k and v without tokens where the history holds the current ones.
+        lengths: tokens of each head's history, (H,).
+        history: keys and values (B, sum of lengths, D), head after head.
+        softmax_scale: factor of q k^T.
+
+    Returns:
+        (B, H, N, D).
+    """
+    rows, heads, queries, head_dim = q.shape
+    counts = [n + k.shape[2] for n in lengths]
+    keys, values = (_packed(*pair, lengths).reshape(-1, 1, head_dim) for pair in zip(history, (k, v), strict=True))
+    # the lengths are known on the host: one small copy that the host does not wait for
+    ends = torch.tensor(counts * rows, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    ends = F.pad(ends, (1, 0))
+    if q.is_cuda:
+        ends = ends.pin_memory()
+    starts = torch.arange(0, rows * heads * queries + 1, queries, dtype=torch.int32, device=q.device)
+    flat = q.reshape(-1, 1, head_dim)
+    offsets = ends.to(q.device, non_blocking=True)
+    out = _varlen_kernel(flat, keys, values, starts, offsets, queries, max(counts), softmax_scale)
+    return out.view(rows, heads, queries, head_dim)
+
+
+def _varlen_kernel(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, softmax_scale: float
+) -> Tensor:
+    """PyTorch's kernel; the seam at which tests put a plain loop, since it has no CPU form."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale)
+    assert isinstance(out, Tensor)  # a pair only where more is asked for
+    return out
+
+
+def _packed(history: Tensor, current: Tensor, lengths: Sequence[int]) -> Tensor:
+    """History (B, sum of lengths, D) and current (B, H, N, D) interleaved by head: (B, sum of both, D)."""
+    if not current.shape[2]:
+        return history
+    pairs = zip(history.split(list(lengths), 1), current.unbind(1), strict=True)
+    return torch.cat([piece for pair in pairs for piece in pair], 1)
 
 
 def _gathered(x: Tensor, heads: Sequence[int]) -> Tensor:
