@@ -26,7 +26,7 @@ from heatkv_cli.config import (
     config_hash,
     groups,
 )
-from heatkv_cli.config.compose import budget_text
+from heatkv_cli.config.check import budget_text
 from heatkv_cli.config.sweep import quote
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.errors import ConfigError, ConfigErrors

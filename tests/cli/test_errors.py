@@ -131,7 +131,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
             result: dict[str, Any] = outcome
             return result
 
-        monkeypatch.setattr(cli, "_stage_function", lambda command: run)
+        monkeypatch.setattr(cli.stages, "_stage_function", lambda command: run)
 
     return install
 
