@@ -8,9 +8,10 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
+from heatkv_cli.config.groups import choices, read_yaml
 from heatkv_cli.config.leaves import BenchmarkConfig, MethodConfig, MetricConfig, ModelConfig
 from heatkv_cli.config.settings import RunConfig
-from heatkv_cli.config.typed import from_plain, show
+from heatkv_cli.config.typed import coerce, from_plain, load_target, show
 from heatkv_cli.errors import ConfigError, did_you_mean
 
 _LEAVES = {
@@ -25,10 +26,10 @@ def typed_run(plain: dict[str, Any], errors: list[ConfigError]) -> RunConfig | N
     for key, cls in _LEAVES.items():
         values[key] = _leaf(cls, values[key])
     values["metrics"] = [{"name": name} | _leaf(MetricConfig, item) for name, item in values.pop("metric").items()]
-    values["model"] = _renamed(values["model"])
+    values["model"] = _at_ratio(_renamed(values["model"]), errors)
     values["limit"] = _limit(values["limit"], errors)
     values["shard"] = _shard(values["shard"], errors)
-    model = from_plain(ModelConfig, values["model"], "model", errors)
+    model = values["model"] and from_plain(ModelConfig, values["model"], "model", errors)
     if model is not None:
         _check_model(model, errors)
         values["model"] = model
@@ -39,6 +40,22 @@ def typed_run(plain: dict[str, Any], errors: list[ConfigError]) -> RunConfig | N
     if run is not None:
         _check_run(run, errors)
     return run
+
+
+def _at_ratio(model: dict[str, Any], errors: list[ConfigError]) -> dict[str, Any] | None:
+    """Ask the model's family for what follows from the aspect ratio, where the YAML names whom to ask."""
+    model = {key: value for key, value in model.items() if key != "presets"}
+    ratio, family = model.get("aspect_ratio", 1), model["resolutions"]
+    if not isinstance(family, str):
+        return model
+    if coerce(ratio, float, "model.aspect_ratio", errors) is None:
+        return None
+    try:
+        found = load_target(family)(ratio)
+    except ConfigError as error:
+        errors.append(error)
+        return None
+    return {**model, **found, "params": model["params"] | found["params"]}
 
 
 def _renamed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,6 +152,21 @@ def _check_model(model: ModelConfig, errors: list[ConfigError]) -> None:
             errors.append(
                 ConfigError(message, f"{name} has {count} scales at {model.resolution}: one value, or {count}")
             )
+
+
+def untrained(model: ModelConfig) -> ConfigError | None:
+    """The error of a model that shall make images at a resolution it was not trained for, unless that is forced."""
+    if not model.untrained or model.force_resolution:
+        return None
+    known = ", ".join(model.trained_at)
+    others = [
+        name for name in choices("model") if model.resolution in (read_yaml("model", name).get("trained_at") or ())
+    ]
+    instead = f" or model={others[0]}" if others else ""
+    return ConfigError(
+        f"model={model.name} was trained at {known}, not at {model.resolution}: its images would be poor",
+        f"resolution={known}{instead}, or force_resolution=true",
+    )
 
 
 def _check_run(run: RunConfig, errors: list[ConfigError]) -> None:

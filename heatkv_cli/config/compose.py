@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from heatkv_cli.config.check import typed_run
-from heatkv_cli.config.groups import GROUPS, check_choice, conf_dir, read_yaml
+from heatkv_cli.config.check import typed_run, untrained
+from heatkv_cli.config.groups import GROUPS, check_choice, choices, conf_dir, read_yaml
 from heatkv_cli.config.settings import Experiment, Plan, RunConfig
-from heatkv_cli.config.sweep import PATH_KEYS, Axis, load_experiment, merge, parse_overrides, product, quote
+from heatkv_cli.config.sweep import PATH_KEYS, SHORT, Axis, load_experiment, merge, parse_overrides, product, quote
 from heatkv_cli.config.typed import join, raise_all, show
 from heatkv_cli.errors import ConfigError, did_you_mean
 
@@ -35,10 +35,13 @@ CHOICES = {
 """Keys whose value is the name of a file, and the group it is chosen from."""
 
 _FIXED = (
-    *("_target_", "name", "needs", "budgetless", "paper", "note"),
+    *("_target_", "name", "needs", "budgetless", "paper", "note", "presets", "trained_at"),
     *("default_metrics", *_PROMPTS.values()),
 )
 """Keys below a group that belong to its file: reading them from elsewhere would not be seen, or would be a lie."""
+
+DRAWING = ("calibrate", "generate", "eval")
+"""Commands that make images."""
 
 
 def compose(
@@ -70,20 +73,20 @@ def compose(
     typed = parse_overrides(texts, errors)
     experiment, axes = _experiment(typed, errors)
     typed = [axis for axis in typed if axis.key != "experiment"]
-    if command == "calibrate":  # its benchmark is the list of calibration prompts
-        typed = [axis.renamed("benchmark", "calibration_prompts") for axis in typed]
+    # for calibrate, benchmark is the list of calibration prompts
+    names = SHORT | ({"benchmark": "calibration_prompts"} if command == "calibrate" else {})
     keys = [axis.key for axis in typed]
-    if {"budget", "rho"} <= set(keys):
-        errors.append(ConfigError("budget and rho are both given", "they are two names of one axis: keep one"))
-    if len(set(keys)) < len(keys):
-        errors.append(
-            ConfigError("benchmark and calibration_prompts are both given", "for calibrate they are the same")
-        )
+    errors += [ConfigError(f"{a} and {b} are both given", "they are the same: keep one")
+               for a, b in (*names.items(), ("budget", "rho")) if {a, b} <= set(keys)]  # fmt: skip
+    typed = [axis.renamed(names) for axis in typed]
+    axes = [axis.renamed(SHORT) for axis in axes]
     runs: list[RunConfig] = []
     for assignments in product(merge(axes, typed)):
         run = _compose_run(assignments, errors)
         if run is not None and run not in runs:
             runs.append(run)
+    if command in DRAWING:
+        errors += [refused for run in runs if (refused := untrained(run.model))]
     raise_all(errors)
     if not runs:
         raise ConfigError("there is nothing to run", "an axis of the sweep is empty")
@@ -112,6 +115,7 @@ def _compose_run(assignments: Mapping[str, Any], errors: list[ConfigError]) -> R
     if chosen is None:
         return None
     config = copy.deepcopy(_composed(chosen))
+    _apply_preset(config["model"], assignments.get("model.preset"), errors)
     for key, value in assignments.items():
         if key not in CHOICES and key != "metric" and key.partition(".")[0] not in unknown:
             _assign(config, key, value, errors)
@@ -197,6 +201,19 @@ def _composed(chosen: tuple[str, ...]) -> dict[str, Any]:
         raise ConfigError(f"cannot compose {conf_dir()}: {error}", "correct the YAML files") from error
 
 
+def _apply_preset(model: dict[str, Any], typed: Any, errors: list[ConfigError]) -> None:
+    """Write the values of the model's preset, the typed one or its own, where single keys can still replace them."""
+    presets = model.get("presets")
+    if not presets:
+        return
+    name = model["preset"] if typed is None else str(typed)
+    if name not in presets:
+        errors.append(ConfigError(f"model={model['name']} has no preset '{name}'", did_you_mean(name, list(presets))))
+        return
+    for section, values in presets[name].items():
+        model[section] |= values
+
+
 def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigError]) -> None:
     """Set one key that exists; append an error with a suggestion where it does not."""
     *path, last = key.split(".")
@@ -213,6 +230,10 @@ def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigErr
             )
             return
         if part not in node:
+            if key in SHORT.values() and depth:
+                have = [name for name in choices("model") if part in read_yaml("model", name)]
+                errors.append(ConfigError(f"{owner[4:]} has no {part}", f"models that have one: {', '.join(have)}"))
+                return
             known = [join(where, name) for name in node if not (depth and name in _FIXED)]
             known += [] if depth else [group for group in GROUPS if group not in known]
             wrong = join(where, part)

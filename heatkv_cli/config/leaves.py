@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from heatkv_cli.models.weights import WeightFile
+
 PerScale = float | tuple[float, ...]
 """One number for all scales, or one per scale."""
 
@@ -40,22 +42,14 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class WeightFile:
-    """One file a model needs: its name below the weights folder, and how to know that it is the right one."""
-
-    role: str
-    name: str
-    sha256: str | None = None
-    bytes: int | None = None
-    source: str = ""
-    licence: str = ""
-
-
-@dataclass(frozen=True)
 class Weights:
-    """The files of a model, and where they lie: in the package's assets, or in the folder `weights=DIR`."""
+    """The files of a model, and where they lie: in the package's assets, or where `find_file` looks.
+
+    `verify`: refuse other content than the digests say; off for weights of one's own under an official name.
+    """
 
     place: Literal["package", "folder"] = "folder"
+    verify: bool = True
     files: tuple[WeightFile, ...] = ()
 
 
@@ -69,8 +63,13 @@ class ModelConfig:
         num_layers, num_heads, head_dim: L, H, D of self-attention.
         sink_scales: how many first scales are always kept.
         layout_scales: scales whose bits are copied from the full run for PSNR "copied layout".
-        resolutions: the scale schedules, (height, width) of each scale, by name.
+        resolutions: the scale schedules, (height, width) of each scale, by name; at the aspect ratio.
         resolution: which of them is used.
+        aspect_ratio: height / width of the image, for models that have several.
+        order_scales: scales at which published order files were found; empty: those of the largest resolution.
+        trained_at: resolutions the checkpoint was trained for; empty where there is no other.
+        force_resolution: make images at others as well.
+        preset: name of the sampling defaults in use; their values are in `sampling` and `params`.
         sampling: defaults of the draws.
         dtype: of weights and of the KV state, hence of the bytes of a budget.
         default_benchmark: what `generate` and `eval` use when no benchmark is named.
@@ -94,6 +93,11 @@ class ModelConfig:
     default_benchmark: str
     calibration_prompts: str
     calibration_check: str
+    aspect_ratio: float = 1.0
+    order_scales: tuple[tuple[int, int], ...] = ()
+    trained_at: tuple[str, ...] = ()
+    force_resolution: bool = False
+    preset: str = ""
     weights: Weights = field(default_factory=Weights)
     params: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
@@ -105,12 +109,25 @@ class ModelConfig:
         return self.resolutions[self.resolution]
 
     @property
+    def shape_label(self) -> str:
+        """Resolution, and the aspect ratio where it is not square: "1M", "1M@1.5"."""
+        return self.resolution + ("" if self.aspect_ratio == 1 else f"@{self.aspect_ratio:g}")
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the checkpoint was trained for other resolutions only."""
+        return bool(self.trained_at) and self.resolution not in self.trained_at
+
+    @property
     def dtype_bytes(self) -> int:
         """Bytes of one number of the KV state."""
         return DTYPE_BYTES[self.dtype]
 
     def identity(self) -> dict[str, Any]:
-        """What of the model can change an image; the digest of its weights is added by whoever opens them."""
+        """What of the model can change an image; the digest of its weights is added by whoever opens them.
+
+        The aspect ratio is in the sizes, the preset in the values it stands for.
+        """
         return {
             "name": self.name,
             "target": self.target,
@@ -122,6 +139,7 @@ class ModelConfig:
             "sampling": asdict(self.sampling),
             "dtype": self.dtype,
             "params": self.params,
+            **({"forced_resolution": True} if self.untrained else {}),
         }
 
 

@@ -16,7 +16,7 @@ from heatkv_cli.core.policy import Method
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ConfigError
 from heatkv_cli.models.base import ImageModel, Sampling
-from heatkv_cli.models.weights import find_file, sha256_path
+from heatkv_cli.models.weights import WeightFile, find_file, sha256_path
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,15 @@ def weight_files(cfg: RunConfig) -> dict[str, Path]:
     """Paths of the model's files by role.
 
     Raises:
-        SetupError: a file is missing, or no folder was named.
+        SetupError: a file is missing.
     """
+    return {file.role: weight_file(cfg, file) for file in cfg.model.weights.files}
+
+
+def weight_file(cfg: RunConfig, file: WeightFile) -> Path:
+    """Path of one of the model's files; errors as in `find_file`."""
     weights = cfg.model.weights
-    folder = None if weights.place == "package" else cfg.weights or Path("weights")
-    return {f.role: find_file(cfg.model.name, f.name, folder, f.sha256, f.source) for f in weights.files}
+    return find_file(cfg.model.name, file, cfg.weights, weights.place == "package", weights.verify)
 
 
 def weights_sha256(files: dict[str, Path]) -> str:
