@@ -34,6 +34,7 @@ class RunConfig:
         shard: (i, n): every n-th batch beginning with the i-th.
         out: everything is written below it.
         weights: folder of model files, None where none was named.
+        text: where text features are kept; None for `out`/text.
         calibration, schedule: artifacts to use instead of those `out` holds.
         orders: removal orders in the upstream file format, for `build-schedule`.
         contact_sheet: columns of the picture `eval` ends with; 0 for none.
@@ -55,6 +56,7 @@ class RunConfig:
     shard: tuple[int, int]
     out: Path
     weights: Path | None
+    text: Path | None
     calibration: Path | None
     schedule: Path | None
     orders: Path | None
