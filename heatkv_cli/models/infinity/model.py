@@ -132,5 +132,8 @@ class InfinityModel:
         return Trace(tuple(bits_of), tuple(logits_of), latent)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents (B, d, H, W) -> RGB uint8 (B, height, width, 3)."""
+        """Latents (B, d, H, W) -> RGB uint8 (B, height, width, 3).
+
+        Differs: upstream decodes under bfloat16 autocast, here it is float32; pixels differ by a few levels.
+        """
         return self.tokenizer.decode_uint8(latent)

@@ -304,8 +304,9 @@ class Infinity(nn.Module):
         """Text features -> everything the blocks need of them (all rows, guidance rows included)."""
         mask, normed, dtype = text.mask(), self.text_norm(text.features), self.dtype
         sos = self.text_proj_for_sos.ca(normed, mask, dtype).float()
-        first, _, second = self.text_proj_for_ca
-        projected = F.gelu(linear(normed, first.weight, first.bias, dtype), approximate="tanh")
+        first, gelu, second = self.text_proj_for_ca
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        projected = gelu(linear(normed, first.weight, first.bias, dtype))
         projected = linear(projected, second.weight, second.bias, dtype)
         return Conditioning(
             sos=sos,
