@@ -121,7 +121,7 @@ def _joined(history: Tensor, current: Tensor, heads: Sequence[int]) -> Tensor:
     if every:
         return torch.cat((history, current), 2)
     pieces = [piece for i, head in enumerate(heads) for piece in (history[:, i], current[:, head])]
-    return torch.cat(pieces, 1).unflatten(1, (len(heads), -1))
+    return torch.cat(pieces, 1).view(len(history), len(heads), -1, history.shape[-1])
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_scale: float) -> Tensor:

@@ -17,7 +17,7 @@ from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ConfigError, SetupError
 from heatkv_cli.models.base import ImageModel, Sampling
 from heatkv_cli.models.text_store import encoder_sha256, find_features
-from heatkv_cli.models.weights import find_file
+from heatkv_cli.models.weights import WeightFile, find_file
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,21 @@ def weight_files(cfg: RunConfig) -> dict[str, Path]:
     """Paths of the model's files by role; a text encoder's may be a folder of its features, see `text_root`.
 
     Raises:
-        SetupError: a file is missing, or no folder was named.
+        SetupError: a file is missing.
     """
-    weights, found = cfg.model.weights, {}
-    folder = None if weights.place == "package" else cfg.weights or Path("weights")
-    for file in weights.files:
-        try:
-            found[file.role] = find_file(cfg.model.name, file.name, folder, file.sha256, file.source)
-        except SetupError:
-            features = find_features(text_root(cfg)) if file.role == TEXT else None
-            if features is None:
-                raise
-            found[file.role] = features
-    return found
+    return {file.role: weight_file(cfg, file) for file in cfg.model.weights.files}
+
+
+def weight_file(cfg: RunConfig, file: WeightFile) -> Path:
+    """Path of one of the model's files, or of what stands in for it; errors as in `find_file`."""
+    weights = cfg.model.weights
+    try:
+        return find_file(cfg.model.name, file, cfg.weights, weights.place == "package", weights.verify)
+    except SetupError:
+        features = find_features(text_root(cfg)) if file.role == TEXT else None
+        if features is None:
+            raise
+        return features
 
 
 def text_root(cfg: RunConfig) -> Path:
