@@ -132,6 +132,10 @@ class ModelConfig:
         }
 
 
+# Parameters that a method got after results of it were committed, and the values that leave those results as they are.
+_LATER: Mapping[str, Mapping[str, Any]] = {"streaming": {"timing": "after", "recent": "raster"}}
+
+
 @dataclass(frozen=True)
 class MethodConfig:
     """`conf/method/<name>.yaml`.
@@ -153,8 +157,10 @@ class MethodConfig:
     note: str = ""
 
     def identity(self) -> dict[str, Any]:
-        """What of the method can change an image."""
-        return {"name": self.name, "target": self.target, "params": self.params}
+        """What of the method can change an image; a parameter that came later only counts away from its default."""
+        later = _LATER.get(self.name, {})
+        params = {key: value for key, value in self.params.items() if later.get(key) != value}
+        return {"name": self.name, "target": self.target, "params": params}
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.policy import Keep, Policy, Visit
+from heatkv_cli.core.policy import Keep, Method, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ConfigError
 
@@ -220,9 +221,60 @@ def window_tokens(window: int | str, default: int, cap: int) -> int:
     return min(default, max(1, cap // 4)) if window == "auto" else int(window)
 
 
+@dataclass(frozen=True)
+class WindowMethod(Method):
+    """Base of methods that look through a window of the current queries.
+
+    Args:
+        timing: choose `after` the attention of a scale, or `before` it (then the current scale is cut down too).
+        window: observed queries, kept themselves; `auto` is min(the paper's, a quarter of a head's tokens).
+        obs: `grid`, the window is spread over the map; `recent`, its last tokens, as in a language model.
+        kernel, pooling: of the scores, `avg` or `max` over neighbours of the same scale; kernel 1 is none.
+        share_cfg: conditional and guidance row choose by the sum of their scores, and so the same tokens.
+    """
+
+    timing: Timing = "after"
+    window: int | str = "auto"
+    obs: Place = "grid"
+    kernel: int = 5
+    pooling: Pooling = "avg"
+    share_cfg: bool = False
+    paper_window: ClassVar[int] = 32
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__.lower()
+        one_of(name, timing=(self.timing, ("after", "before")), obs=(self.obs, ("grid", "recent")))
+        one_of(name, pooling=(self.pooling, ("avg", "max")))
+        if self.window != "auto" and (type(self.window) is not int or self.window < 1):
+            raise ConfigError(f"method {name}: window is {self.window!r}", "a number of tokens >= 1, or auto")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ConfigError(f"method {name}: kernel is {self.kernel}", "an odd number; 1 is no pooling")
+
+    def window_at(self, geometry: Geometry, budget: Budget, rows: int = 1, state_bytes: int = 0) -> Window:
+        """The window at this budget.
+
+        Raises:
+            BudgetError: no room for the window and one more token; `auto` needs four.
+        """
+        least = 4 if self.window == "auto" else int(self.window) + 1
+        require_cap(geometry, budget, type(self).__name__.lower(), least, state_bytes)
+        tokens = window_tokens(self.window, self.paper_window, stored_cap(geometry, budget, rows, state_bytes))
+        return Window(tokens, self.obs, self.kernel, self.pooling, self.share_cfg)
+
+
 def stored_cap(geometry: Geometry, budget: Budget, rows: int = 1, state_bytes: int = 0) -> int:
     """Tokens that each head may store when all store equally many, the method's state paid for; at most P."""
     return budget.slots(geometry, rows, state_bytes) // geometry.heads
+
+
+def require_cap(geometry: Geometry, budget: Budget, method: str, tokens: int, state_bytes: int = 0) -> None:
+    """Check that each head may store `tokens` tokens with their state, or all there are.
+
+    Raises:
+        BudgetError: names the smallest budget that allows it.
+    """
+    share = Fraction(geometry.bytes_per_token + state_bytes, geometry.bytes_per_token)
+    budget.require(min(Fraction(1), tokens * share / geometry.schedule.peak_tokens), geometry, method)
 
 
 def evicts(geometry: Geometry, budget: Budget, timing: Timing) -> bool:
@@ -285,36 +337,6 @@ class Selecting(Policy):
         """Decides here when the timing says so."""
         keep = self.decide(visit) if self.timing == "after" else None
         return () if keep is None else (keep,)
-
-
-def early_caps(caps: Sequence[Sequence[int]], total: int) -> list[list[int]]:
-    """Planned caps that never exceed the total in the middle of a pass: HeatKV's early activation for caps.
-
-    While layer l takes what it gets for scale t, later layers still hold what they got for t - 1. Where that is too
-    much, later layers, the last one first, keep at t - 1 no more than they will get at t: they lose what they were to
-    lose one visit later, and nobody attends in between.
-
-    Args:
-        caps: tokens of each head of a layer after its visit, [scale 0..K-2][layer]; every row sums to <= total.
-        total: tokens of one head, summed over layers.
-
-    Returns:
-        The caps to apply, same form.
-
-    Raises:
-        ValueError: the caps of one scale exceed the total.
-    """
-    held = [list(row) for row in caps]
-    for t, row in enumerate(held):
-        if sum(row) > total:
-            raise ValueError(f"caps of scale {t} are {sum(row)} tokens, {total} are allowed")
-        for layer in range(len(row) if t else 0):
-            excess = sum(row[: layer + 1]) + sum(held[t - 1][layer + 1 :]) - total
-            for later in range(len(row) - 1, layer, -1):
-                given = max(0, min(excess, held[t - 1][later] - row[later]))
-                held[t - 1][later] -= given
-                excess -= given
-    return held
 
 
 def one_of(method: str, **choices: tuple[object, Sequence[object]]) -> None:
