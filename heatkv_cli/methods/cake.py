@@ -102,7 +102,10 @@ class _CAKE(Selecting):
         caps = self._caps(visit)
         if visit.scale < self._last:
             self._make_room(layer, caps)
-            self._held[layer] = caps[layer]
+        else:  # what was attended cannot be taken back: later layers get what is left, a window at least
+            reserved = self._window.tokens * (len(caps) - 1 - layer)
+            caps[layer] = min(caps[layer], self._attended_total - sum(self._held[:layer]) - reserved)
+        self._held[layer] = caps[layer]
         if length == caps[layer]:
             self._scores[layer] = scores
             return None
