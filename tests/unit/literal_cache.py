@@ -6,8 +6,9 @@ runs that and the method on the same q, k, v and holds kept positions, stored ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Head:
     current: int
     queries: Tensor
     softmax_scale: float
-    raw: Tensor | None = None
+    raw: Tensor
     _keys: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -90,6 +91,40 @@ Rule = Callable[[LiteralVisit], dict[tuple[int, int], list[Token]]]
 def top(scores: list[float], count: int, among: Iterable[int]) -> list[int]:
     """Columns of the highest scores, ties to the lower column."""
     return sorted(among, key=lambda column: (-scores[column], column))[:count]
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+
+
+def mean(vectors: Sequence[Sequence[float]], weights: Sequence[float], total: float) -> list[float]:
+    return [sum(w * x[d] for w, x in zip(weights, vectors, strict=True)) / total for d in range(len(vectors[0]))]
+
+
+def merge(tokens: list[Token], kept: list[int], rule: str) -> list[Token]:
+    """The kept tokens after all others went into the one of nearest key, each rule as its paper writes it."""
+    assigned: dict[int, list[tuple[int, float]]] = {j: [] for j in kept}
+    gone = [i for i in range(len(tokens)) if i not in assigned]
+    for i in gone:
+        near, minus = max((cosine(tokens[i].k, tokens[j].k), -j) for j in kept)
+        assigned[-minus].append((i, near))
+    average = sum(near for members in assigned.values() for _, near in members) / max(1, len(gone))
+
+    def folded(j: int, side: str) -> list[float]:
+        own, members = getattr(tokens[j], side), assigned[j]
+        theirs = [getattr(tokens[i], side) for i, _ in members]
+        if rule == "pivot":
+            middles = [mean([x, own], [1, 1], 2) for x in theirs]
+            return mean([own, *middles], [1] * (1 + len(members)), 1 + len(members))
+        if rule == "average":
+            return mean([own, *theirs], [1] * (1 + len(members)), 1 + len(members))
+        if rule == "weighted":
+            near = [(x, c) for x, (_, c) in zip(theirs, members, strict=True) if c >= average]
+            return mean([own, *(x for x, _ in near)], [1, *(c for _, c in near)], 1 + len(near))
+        weights = [max(c, 0) for _, c in members]
+        return mean([own, *theirs], [1, *weights], 1 + sum(weights))
+
+    return [replace(tokens[j], k=folded(j, "k"), v=folded(j, "v")) for j in kept]
 
 
 def compare(

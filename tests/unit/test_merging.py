@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from literal_cache import Token, merge
 from torch import Tensor
 
 from heatkv_cli.core import merging
 from heatkv_cli.core.merging import RULES, merge_dropped
 
 B, H, N, D = 2, 3, 17, 4
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    dot = sum(x * y for x, y in zip(a, b, strict=True))
-    return dot / (math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b)))
-
-
-def mean(vectors: list[list[float]], weights: list[float], total: float) -> list[float]:
-    return [sum(w * x[d] for w, x in zip(weights, vectors, strict=True)) / total for d in range(len(vectors[0]))]
-
-
-def literal(k: Tensor, v: Tensor, kept: list[int], dropped: list[int], rule: str) -> tuple[list[list[float]], ...]:
-    """One head: k, v (N, D) -> the merged kept tokens, in the order of `kept`."""
-    keys, values = k.double().tolist(), v.double().tolist()
-    assigned: dict[int, list[tuple[int, float]]] = {j: [] for j in kept}
-    best = {}
-    for i in dropped:
-        best[i] = max((cosine(keys[i], keys[j]), -j) for j in kept)
-        assigned[-best[i][1]].append((i, best[i][0]))
-    average = sum(c for c, _ in best.values()) / len(best)
-    out: tuple[list[list[float]], list[list[float]]] = ([], [])
-    for side, x in zip(out, (keys, values), strict=True):
-        for j in kept:
-            members = assigned[j]
-            if rule == "pivot":
-                middles = [mean([x[i], x[j]], [1, 1], 2) for i, _ in members]
-                side.append(mean([x[j], *middles], [1] * (1 + len(members)), 1 + len(members)))
-            elif rule == "average":
-                side.append(mean([x[j], *(x[i] for i, _ in members)], [1] * (1 + len(members)), 1 + len(members)))
-            elif rule == "weighted":
-                near = [(i, c) for i, c in members if c >= average]
-                side.append(mean([x[j], *(x[i] for i, _ in near)], [1, *(c for _, c in near)], 1 + len(near)))
-            else:
-                weights = [max(c, 0) for _, c in members]
-                side.append(mean([x[j], *(x[i] for i, _ in members)], [1, *weights], 1 + sum(weights)))
-    return out
 
 
 def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,13 +33,11 @@ def test_each_rule_is_its_formula(rule: str, chunk: int, monkeypatch: pytest.Mon
     new_k, new_v = merge_dropped(k, v, kept, valid, rule)
     for b in range(B):
         for h in range(H):
-            stay = kept[b, h].nonzero().flatten().tolist()
-            gone = (valid[0, h] & ~kept[b, h]).nonzero().flatten().tolist()
-            expected = literal(k[b, h], v[b, h], stay, gone, rule)
-            for mine, theirs in zip((new_k, new_v), expected, strict=True):
-                torch.testing.assert_close(
-                    mine[b, h, stay].double(), torch.tensor(theirs).double(), atol=1e-6, rtol=1e-5
-                )
+            length, stay = int(valid[0, h].sum()), kept[b, h].nonzero().flatten().tolist()
+            tokens = [Token(i, k[b, h, i].tolist(), v[b, h, i].tolist()) for i in range(length)]
+            expected = merge(tokens, stay, rule)
+            for mine, theirs in ((new_k, [token.k for token in expected]), (new_v, [token.v for token in expected])):
+                torch.testing.assert_close(mine[b, h, stay], torch.tensor(theirs), atol=1e-6, rtol=1e-5)
     untouched = ~kept
     assert torch.equal(new_k[untouched], k[untouched]) and torch.equal(new_v[untouched], v[untouched])
     assert not torch.equal(new_k, k)

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from literal_cache import Head, LiteralVisit, Rule, Token, compare, top
+from literal_cache import Head, LiteralVisit, Rule, Token, compare, merge, top
 from torch import Tensor
 
 from heatkv_cli.core.budget import Budget
@@ -44,28 +44,6 @@ def types(geometry: Geometry, alpha: float) -> dict[tuple[int, int], str]:
     ranked = sorted(heads, key=lambda pair: mean[pair])
     count = round(alpha * len(heads))
     return {pair: "contextual" if index < count else "structural" for index, pair in enumerate(ranked)}
-
-
-def merged(kept: list[Token], gone: list[Token]) -> list[Token]:
-    """Every dropped token into the kept one of nearest key, weighted by max(cosine, 0)."""
-
-    def cosine(a: list[float], b: list[float]) -> float:
-        return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
-
-    sums = [(1.0, list(x.k), list(x.v)) for x in kept]
-    for token in gone:
-        best = max(range(len(kept)), key=lambda j: (cosine(token.k, kept[j].k), -j))
-        w = max(cosine(token.k, kept[best].k), 0)
-        total, k, v = sums[best]
-        sums[best] = (
-            total + w,
-            [x + w * y for x, y in zip(k, token.k, strict=True)],
-            [x + w * y for x, y in zip(v, token.v, strict=True)],
-        )
-    return [
-        Token(token.position, [x / total for x in k], [x / total for x in v])
-        for token, (total, k, v) in zip(kept, sums, strict=True)
-    ]
 
 
 def patches_first(scores: list[float], size: tuple[int, int], start: int, count: int) -> list[int]:
@@ -133,8 +111,7 @@ def rule(method: Hack, geometry: Geometry, caps: Tensor) -> Rule:
             assert len(chosen) == len(set(chosen)) == cap
             kept[row, h] = [head.tokens[j] for j in chosen]
             if method.merge and method.patterns and mine == "contextual" and visit.last:
-                gone = [token for j, token in enumerate(head.tokens) if j not in set(chosen)]
-                kept[row, h] = merged(kept[row, h], gone)
+                kept[row, h] = merge(head.tokens, chosen, "similarity")
         return kept
 
     return decide
