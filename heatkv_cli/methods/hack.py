@@ -116,7 +116,9 @@ class Hack(Method):
 
     def _caps(self, geometry: Geometry, cap: int, contextual: Tensor) -> Tensor:
         ratio = Fraction(str(self.ratio)) if self.asymmetric else Fraction(1)
-        return head_caps(cap, contextual, ratio, geometry.schedule.num_tokens)
+        schedule = geometry.schedule
+        most = schedule.num_tokens if self.timing == "before" else schedule.peak_tokens
+        return head_caps(cap, contextual, ratio, most)
 
     def _refuse(self, geometry: Geometry, budget: Budget, contextual: Tensor) -> None:
         caps = range(1, geometry.schedule.peak_tokens + 1)
