@@ -5,7 +5,7 @@ A model knows `cache.attend` and `cache.end_scale` and nothing of methods, budge
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +19,20 @@ from heatkv_cli.core.scales import Geometry
 class Cache(Protocol):
     """The seam, seen from the model."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """Attention of the current scale's q over the layer's history and the current k, v; all (B, H, N, D)."""
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        raw_query: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Attention of the current scale's q over the layer's history and the current k, v; all (B, H, N, D).
+
+        `raw_query` makes the bare projection of q, without bias, normalisation, temperature and rotation; called at
+        once or not at all. A model may leave it away; a method that needs it then says so.
+        """
         ...
 
     def end_scale(self) -> None:

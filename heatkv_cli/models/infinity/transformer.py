@@ -12,8 +12,9 @@ its embedded tokens and is float32 from the first cross-attention on. In float32
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -30,9 +31,20 @@ LEVELS = 15  # rows of the official level embedding
 
 
 class Attend(Protocol):
-    """What a block asks for: attention of q, k, v (B, H, N, D) of one layer, over whatever came before and N itself."""
+    """What a block asks for: attention of q, k, v (B, H, N, D) of one layer, over whatever came before and N itself.
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor: ...
+    `raw_query` makes the query without bias, normalisation, temperature and rotation, for the one method that asks.
+    """
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        raw_query: Callable[[], Tensor] | None = None,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,10 @@ class SelfAttention(nn.Module):
         k = rotate(F.normalize(k.float(), dim=-1), rope)
         return q.to(v.dtype), k.to(v.dtype), v
 
+    def raw_query(self, x: Tensor) -> Tensor:
+        """x (R, N, C) -> (R, H, N, D): the projection alone."""
+        return linear(x, self.mat_qkv.weight.chunk(3)[0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
 
 class CrossAttention(nn.Module):
     zero_k_bias: Tensor
@@ -201,8 +217,15 @@ class Block(nn.Module):
 
     def before(self, x: Tensor, ada: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Everything up to attention: residual (R, N, C) -> q, k, v (R, H, N, D)."""
+        return self.sa.project(self._modulated(x, ada), rope)
+
+    def raw_query(self, x: Tensor, ada: Tensor) -> Tensor:
+        """The query of `before` without bias, normalisation, temperature and rotation."""
+        return self.sa.raw_query(self._modulated(x, ada))
+
+    def _modulated(self, x: Tensor, ada: Tensor) -> Tensor:
         _, _, scale, _, shift, _ = (self.ada_gss.float() + ada).unbind(2)
-        return self.sa.project(modulate(x, scale, shift), rope)
+        return modulate(x, scale, shift)
 
     def after(self, x: Tensor, y: Tensor, ada: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Everything after attention: residual and attention output y (R, H, N, D) -> residual."""
@@ -354,7 +377,7 @@ class Infinity(nn.Module):
                 x = (x + offset).to(x.dtype)
             for block in chunk.module:  # type: ignore[union-attr]
                 q, k, v = block.before(x, cond.ada, rope)
-                y = cache.attend(index, q, k, v, 1.0)
+                y = cache.attend(index, q, k, v, 1.0, partial(block.raw_query, x, cond.ada))
                 x = block.after(x, y, cond.ada, cond.cross[index], cond.mask)
                 if guide and index in guide:
                     yes, no = x.chunk(2)
