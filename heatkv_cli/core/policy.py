@@ -108,16 +108,22 @@ class Visit:
         self._charge_scores(q, keys, 2 * found.nbytes)
         return found
 
-    def column_mass(self, queries: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
-        """Attention received by each token of [cache, current], summed over queries; float32 (rows, H, N).
+    def column_mass(
+        self, queries: Tensor | None = None, rows: slice = slice(None), heads: Tensor | None = None
+    ) -> Tensor:
+        """Attention received by each token of [cache, current], summed over queries; float32 (rows, heads, N).
 
         Exact, in chunks of queries: the attention matrix is never whole.
 
         Args:
             queries: long (n,), indices of the current scale's queries; None is all of them.
             rows: batch rows.
+            heads: long, of which; None is all of them.
         """
         q, keys, valid = self._observed(queries, rows)
+        if heads is not None and len(heads) < q.shape[1]:
+            q, keys = (x.index_select(1, heads.to(x.device)) for x in (q, keys))
+            valid = valid if valid is None else valid[:, heads]
         mass = column_mass(q, keys, self.softmax_scale, valid)
         held = min(chunk_queries(keys), q.shape[2])  # of two chunks, while the one before is let go
         self._charge_scores(q, keys, (3 * held + 1) * mass.nbytes)
@@ -136,8 +142,8 @@ class Visit:
         return q, self.keys()[rows], valid if len(valid) == 1 else valid[rows]
 
     def _charge_scores(self, q: Tensor, keys: Tensor, scores: int) -> None:
-        """Book copies of queries and keys, their float32 versions where the model's format is another, and scores."""
-        copies = q.nbytes + keys.nbytes
+        """Book copies of queries and keys, float32 versions of those in another format, positions, and scores."""
+        copies = q.nbytes + keys.nbytes + 8 * keys[..., 0].numel()
         casts = 0 if keys.element_size() == 4 else 4 * (q.numel() + keys.numel())
         self.cache.charge(copies + casts + scores)
 

@@ -26,7 +26,7 @@ Place = Literal["grid", "recent"]
 Recent = Literal["raster", "grid"]
 Pooling = Literal["avg", "max"]
 
-SCORE_BYTES = 32  # a token's score, pooled score, sorted score, order and masks, while a policy chooses
+SCORE_BYTES = 64  # scores, pooled and sorted scores, order, places and masks of one token, while a policy chooses
 
 # ------------------------------------------------------------------------------------- which of the current queries
 

@@ -118,13 +118,14 @@ class _CAKE(Selecting):
         queries = self._window.queries(visit)
         own = self._window.columns(visit, queries)
         weights = visit.attention(queries)
-        spread = weights.var(2, correction=0)
-        scores = self._window.pooled(visit, weights.mean(2) + self._method.gamma * spread, own)
+        mean, spread = weights.mean(2), weights.var(2, correction=0)
         others = ~own[0, 0].to(weights.device)
-        entropy = torch.special.entr(weights[..., others]).sum((1, 2, 3), dtype=torch.float64)
+        entropy = torch.special.entr(weights).sum((1, 2), dtype=torch.float64)[:, others].sum(1)
+        del weights  # the largest buffer goes before scores are pooled
         variance = spread[..., others].sum((1, 2), dtype=torch.float64)
         preference = entropy ** (1 / self._method.tau1) * variance ** (1 / self._method.tau2)
         self._preference[visit.layer] = preference.mean().item()
+        scores = self._window.pooled(visit, mean + self._method.gamma * spread, own)
         return scores.masked_fill_(own.to(scores.device), torch.inf)
 
     def _caps(self, visit: Visit) -> list[int]:

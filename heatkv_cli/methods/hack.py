@@ -26,11 +26,13 @@ from heatkv_cli.core.selection import (
     share_rows,
     top_mask,
     uniform_queries,
+    window_tokens,
 )
 from heatkv_cli.core.statistics import elbow
 from heatkv_cli.errors import BudgetError, ConfigError
 
 ALPHA = 0.5
+PAPER_QUERIES = 32
 QUERIES = ("uniform", "grid", "random", "init", "recent", "full")
 
 
@@ -48,7 +50,8 @@ class Hack(Method):
         alpha: share of contextual heads, or `elbow`: up to the knee of the sorted variances, within 0.2 and 0.8.
         ratio: budget of a contextual head over that of a structural one.
         queries: which current queries score: `uniform` in raster order, `grid`, `random`, `init`, `recent`, `full`.
-        num_queries: how many; `query_seed`: of the random ones.
+        num_queries: how many; `auto` is min(the paper's 32, a quarter of a head's mean tokens).
+        query_seed: of the random queries.
         init_scales: scales whose tokens are the initial ones; never more than a quarter of the head's budget.
         asymmetric: two budgets; else one for all heads.
         patterns: two rules; else every head keeps the top columns, and nothing is merged.
@@ -68,7 +71,7 @@ class Hack(Method):
     alpha: float | Literal["elbow"] = ALPHA
     ratio: float = 0.2
     queries: Literal["uniform", "grid", "random", "init", "recent", "full"] = "uniform"
-    num_queries: int = 32
+    num_queries: int | str = "auto"
     query_seed: int = 0
     init_scales: int = 2
     asymmetric: bool = True
@@ -86,8 +89,10 @@ class Hack(Method):
             raise ConfigError(f"method hack: alpha is {self.alpha!r}", "a share of heads in [0, 1], or elbow")
         if not 0 < self.ratio <= 1:
             raise ConfigError(f"method hack: ratio is {self.ratio!r}", "B_C / B_S, in (0, 1]: method.ratio=0.2")
-        if self.num_queries < 1 or self.init_scales < 0:
-            raise ConfigError("method hack: num_queries must be at least 1, init_scales at least 0", "correct them")
+        if self.num_queries != "auto" and (type(self.num_queries) is not int or self.num_queries < 1):
+            raise ConfigError(f"method hack: num_queries is {self.num_queries!r}", "a number of queries >= 1, or auto")
+        if self.init_scales < 0:
+            raise ConfigError(f"method hack: init_scales is {self.init_scales}", "a number of scales >= 0")
 
     @property
     def calibrated(self) -> bool:
@@ -174,19 +179,22 @@ class _Hack(Selecting):
         self._spatial = (contextual if method.swapped else ~contextual) & method.patterns
         first = geometry.schedule.offsets[min(method.init_scales, geometry.num_scales)]
         self._initial = (caps // 4).clamp(max=first) if method.keep_initial else torch.zeros_like(caps)
-        self.facts = {"contextual_heads": float(contextual.sum()), "structural_cap": float(caps.max())}
-        self.facts["contextual_cap"] = float(caps.min())
+        self._count = window_tokens(method.num_queries, PAPER_QUERIES, budget.cap(geometry.schedule))
+        self.facts = {"queries": self._count, "contextual_heads": int(contextual.sum())}
+        self.facts |= {"contextual_cap": int(caps.min()), "structural_cap": int(caps.max())}
 
     def decide(self, visit: Visit) -> Keep | None:
         """Heads that hold more than their budget choose; the others keep all."""
         positions, caps = visit.positions(), self._caps[visit.layer]
         lengths = (positions[0] >= 0).sum(-1)
-        if bool((lengths <= caps).all()):
+        needy = (lengths > caps).nonzero().flatten()
+        if not len(needy):
             return None
         visit.charge(SCORE_BYTES * len(visit.k) * positions.shape[1] * positions.shape[2])
-        scores = visit.column_mass(self._queries(visit))
-        scores = share_rows(scores, visit.cond) if self._method.share_cfg else scores
-        scores = scores.masked_fill((positions < 0).to(scores.device), -torch.inf)
+        mass = visit.column_mass(self._queries(visit), heads=needy)
+        mass = share_rows(mass, visit.cond) if self._method.share_cfg else mass
+        scores = mass.new_zeros(len(mass), *positions.shape[1:]).index_copy_(1, needy.to(mass.device), mass)
+        scores.masked_fill_((positions < 0).to(scores.device), -torch.inf)
         always = torch.zeros_like(scores, dtype=torch.bool)
         if bool(self._spatial[visit.layer].any()):
             scores, always = self._structural(visit, scores, positions, lengths)
@@ -197,7 +205,7 @@ class _Hack(Selecting):
         return Keep(visit.layer, mask=mask)
 
     def _queries(self, visit: Visit) -> Tensor | None:
-        tokens, count, kind = visit.q.shape[2], self._method.num_queries, self._method.queries
+        tokens, count, kind = visit.q.shape[2], self._count, self._method.queries
         if kind == "full":
             return None
         if kind == "uniform":

@@ -157,6 +157,8 @@ def draft(asi: Tensor, scales: Sequence[int], count: int, rank: str = "scale") -
     Returns:
         S sets of layers.
     """
+    if not scales:
+        return []
     index = asi[:, list(scales)]
     z = (index - index.mean(0)) / (index.std(0, correction=0) + 1e-12)
     if rank == "scale":

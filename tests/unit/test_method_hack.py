@@ -65,16 +65,18 @@ def patches_first(scores: list[float], size: tuple[int, int], start: int, count:
 
 def rule(method: Hack, geometry: Geometry, caps: Tensor) -> Rule:
     kind = types(geometry, method.alpha) if isinstance(method.alpha, float) else {}
+    mean = int(caps.sum()) // caps.numel()
+    count = min(32, max(1, mean // 4)) if method.num_queries == "auto" else int(method.num_queries)
     initial_tokens = geometry.schedule.offsets[method.init_scales]
 
     def queries(tokens: int, visit: LiteralVisit) -> list[int]:
-        if method.queries == "full" or tokens <= method.num_queries:
+        if method.queries == "full" or tokens <= count:
             return list(range(tokens))
         if method.queries == "uniform":
-            return [math.floor((j + 0.5) * tokens / method.num_queries) for j in range(method.num_queries)]
+            return [math.floor((j + 0.5) * tokens / count) for j in range(count)]
         if method.queries == "init":
-            return list(range(method.num_queries))
-        return list(range(tokens - method.num_queries, tokens))
+            return list(range(count))
+        return list(range(tokens - count, tokens))
 
     def structural(head: Head, scores: list[float], cap: int, visit: LiteralVisit) -> list[int]:
         columns, start = range(len(head.tokens)), len(head.tokens) - head.current
@@ -119,6 +121,7 @@ def rule(method: Hack, geometry: Geometry, caps: Tensor) -> Rule:
 
 VARIANTS = {
     "paper": Hack(num_queries=3),
+    "some queries": Hack(),
     "all queries": Hack(queries="full"),
     "first queries": Hack(queries="init", num_queries=2),
     "last queries": Hack(queries="recent", num_queries=2),
@@ -247,7 +250,16 @@ def test_a_calibration_is_needed_and_must_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"alpha": 1.5}, {"ratio": 0.0}, {"queries": "some"}, {"num_queries": 0}, {"timing": "x"}]
+    "bad",
+    [
+        {"alpha": 1.5},
+        {"ratio": 0.0},
+        {"queries": "some"},
+        {"num_queries": 0},
+        {"num_queries": "x"},
+        {"init_scales": -1},
+        {"timing": "x"},
+    ],
 )
 def test_parameters_are_checked(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="method hack"):
