@@ -6,6 +6,7 @@ Source: FoundationVision/Infinity @ 4c27bbb, `autoregressive_infer_cfg`; behavio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -21,6 +22,8 @@ from heatkv_cli.models.infinity.transformer import Conditioning, Infinity, Text
 
 class TextEncoder(Protocol):
     """Prompts -> one (L_i, Ct) tensor of features a prompt."""
+
+    def prepare(self, prompts: Sequence[str], root: Path) -> None: ...
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]: ...
 
@@ -49,11 +52,20 @@ class InfinityModel:
         table = rope_table(geometry.head_dim, geometry.schedule.sizes, rope_base, rope_mode)
         self.rope = table.to(transformer.pos_start.device)
 
+    def prepare(self, prompts: Sequence[str], root: Path) -> None:
+        """See `ImageModel.prepare`."""
+        self._encoder.prepare(prompts, root)
+
     def encode(self, prompts: Sequence[str]) -> Text:
-        """Prompts -> text features of the conditional rows."""
+        """Prompts -> text features of the conditional rows, float32."""
+        rows = self._encoder.encode(prompts)
+        return Text.pack([row.to(self.rope.device, torch.float32, non_blocking=True) for row in rows])
+
+    @property
+    def _encoder(self) -> TextEncoder:
         if self.text is None:
             raise ValueError("this model was built without a text encoder: pass `Text` features instead of prompts")
-        return Text.pack(self.text.encode(prompts))
+        return self.text
 
     def rows(self, batch: int, sampling: Sampling) -> int:
         return batch * (2 if sampling.guided else 1)
@@ -96,7 +108,7 @@ class InfinityModel:
             cfg = sampling.cfg[s]
             guide = {depth + n: cfg for n in sampling.guide_layers if n < 0} if cfg != 1 else None
             rope = self.rope[:, schedule.offsets[s] : schedule.offsets[s + 1]]
-            hidden = self.transformer.blocks(x, torch.tensor(s, device=x.device), cond, rope, cache, guide)
+            hidden = self.transformer.blocks(x, s, cond, rope, cache, guide)
             cache.end_scale()
             if cfg != 1 and 0 in sampling.guide_layers:
                 yes, no = self.transformer.logits(hidden, cond).chunk(2)
@@ -109,7 +121,7 @@ class InfinityModel:
                 drawn = draw_bits(logits / sampling.tau[s], sampling.top_k, sampling.top_p, generators)
                 bits = self.codes.to_grid(drawn, size)
             if fixed is not None:
-                bits = fixed.to(x.device)
+                bits = fixed.to(x.device, non_blocking=True)
             elif generators is None:
                 raise ValueError(f"scale {s} is not forced and there are no generators to draw it with")
             bits_of.append(bits)
@@ -120,5 +132,8 @@ class InfinityModel:
         return Trace(tuple(bits_of), tuple(logits_of), latent)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents (B, d, H, W) -> RGB uint8 (B, height, width, 3)."""
+        """Latents (B, d, H, W) -> RGB uint8 (B, height, width, 3).
+
+        Differs: upstream decodes under bfloat16 autocast, here it is float32; pixels differ by a few levels.
+        """
         return self.tokenizer.decode_uint8(latent)
