@@ -5,6 +5,7 @@ Pure Python: no hydra, no torch, no file is opened here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -143,6 +144,10 @@ class ModelConfig:
         }
 
 
+# Parameters that a method got after results of it were committed, and the values that leave those results as they are.
+_LATER: Mapping[str, Mapping[str, Any]] = {"streaming": {"timing": "after", "recent": "raster"}}
+
+
 @dataclass(frozen=True)
 class MethodConfig:
     """`conf/method/<name>.yaml`.
@@ -164,8 +169,10 @@ class MethodConfig:
     note: str = ""
 
     def identity(self) -> dict[str, Any]:
-        """What of the method can change an image."""
-        return {"name": self.name, "target": self.target, "params": self.params}
+        """What of the method can change an image; a parameter that came later only counts away from its default."""
+        later = _LATER.get(self.name, {})
+        params = {key: value for key, value in self.params.items() if later.get(key) != value}
+        return {"name": self.name, "target": self.target, "params": params}
 
 
 @dataclass(frozen=True)
