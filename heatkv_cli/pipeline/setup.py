@@ -60,18 +60,22 @@ def prompts_of(config: BenchmarkConfig) -> tuple[PromptSet, int]:
 
 
 def weight_files(cfg: RunConfig) -> dict[str, Path]:
-    """Paths of the model's files by role.
+    """Paths of the model's files by role; none where the weights are drawn at random.
 
     Raises:
         SetupError: a file is missing, or no folder was named.
     """
+    if cfg.random_weights:
+        return {}
     weights = cfg.model.weights
     folder = None if weights.place == "package" else cfg.weights or Path("weights")
     return {f.role: find_file(cfg.model.name, f.name, folder, f.sha256, f.source) for f in weights.files}
 
 
 def weights_sha256(files: dict[str, Path]) -> str:
-    """One digest for all files of a model."""
+    """One digest for all files of a model; `random` where there are none."""
+    if not files:
+        return "random"
     if len(files) == 1:
         return sha256_path(next(iter(files.values())))
     lines = [f"{role} {sha256_path(path)}" for role, path in sorted(files.items())]
