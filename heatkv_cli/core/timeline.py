@@ -52,7 +52,9 @@ class Timeline:
         self._begin = self._now()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._mark()
         _active.reset(self._token)
 

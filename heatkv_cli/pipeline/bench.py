@@ -37,7 +37,9 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
     clock = perf_counter()
     model = Models().get(jobs[0])
     loaded = perf_counter() - clock
-    condition = model.encode([image.item.prompt for image in _batch(jobs[0])])
+    prompts = [image.item.prompt for image in _batch(jobs[0])]
+    model.prepare(prompts, setup.text_root(cfg))
+    condition = model.encode(prompts)
     text = perf_counter() - clock - loaded
     ui.say(f"weights after {loaded:.1f} s, text after another {text:.1f} s; neither is part of a pass")
     passes: dict[str, list[Pass]] = defaultdict(list)

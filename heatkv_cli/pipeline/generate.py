@@ -151,10 +151,13 @@ def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | 
     with RunFolder(job.folder / kind, shard) as folder:
         todo = [batch for batch in batches if not folder.done(image.image_id for image in batch)]
         label = f"{cfg.method.name} {cfg.budget_label} {kind}"
+        if todo:
+            model = models.get(job)
+            model.prepare([image.item.prompt for batch in todo for image in batch], setup.text_root(cfg))
         with ui.progress(label, sum(map(len, todo)), "img") as progress:
             for batch in todo:
                 copied = None if traces is None else _load_traces(traces, batch)
-                rows, files = _make(job, kind, models.get(job), batch, copied)
+                rows, files = _make(job, kind, model, batch, copied)
                 folder.append_batch(rows, files)
                 progress.advance(len(batch))
     finish_meta(job.folder)
@@ -176,12 +179,13 @@ def _make(
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     with memory_errors(len(batch)):
-        with Timeline(setup.device_of(cfg)) as timeline:
+        with Timeline(setup.device_of(cfg)) as reading:
             condition = model.encode([image.item.prompt for image in batch])
+        with Timeline(setup.device_of(cfg)) as timeline:
             trace = model.generate(condition, sampling, cache, generators, forced)
-        stages = timeline.by_stage()
+        text_seconds, stages = sum(reading.by_stage().values()), timeline.by_stage()
         pixels = None if kind == FORCED else model.decode(trace.latent).cpu().numpy()
-    numbers = _costs(cache.ledger, stages, len(batch))
+    numbers = _costs(cache.ledger, stages, len(batch)) | {"text_seconds": text_seconds / len(batch)}
     common = {
         "batch": batch[0].image_id,
         "seconds": numbers["seconds_per_image"],

@@ -30,12 +30,15 @@ _NOWHERE = Path("random weights")
 class RandomText:
     """A text encoder's place: features drawn from the prompt's own seed, as many tokens for each."""
 
-    def __init__(self, channels: int, tokens: int, device: str):
-        self.channels, self.tokens, self.device = channels, tokens, device
+    def __init__(self, channels: int, tokens: int):
+        self.channels, self.tokens = channels, tokens
+
+    def prepare(self, prompts: Sequence[str], root: Path) -> None:
+        """Nothing: there is no encoder to run ahead."""
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """One (tokens, channels) tensor a prompt."""
-        return [torch.randn(self.tokens, self.channels, generator=_generator(p)).to(self.device) for p in prompts]
+        return [torch.randn(self.tokens, self.channels, generator=_generator(prompt)) for prompt in prompts]
 
 
 def random_model(
@@ -60,7 +63,7 @@ def random_model(
         net, pixels = Infinity(config), Tokenizer(shape)
     load_transformer(_NOWHERE, random_entries(net), net, dtype, device)
     load_tokenizer(_NOWHERE, random_entries(pixels), pixels, device)
-    text = RandomText(config.text_channels, min(TEXT_TOKENS, config.text_length), device)
+    text = RandomText(config.text_channels, min(TEXT_TOKENS, config.text_length))
     return InfinityModel(geometry, net, pixels, text, rope_base, rope_mode)
 
 
