@@ -92,7 +92,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Number:
-    """One number of a run over the repeats; `ratio`: median of its quotients with the full cache's, repeat by repeat."""
+    """One number of a run over its repeats; `ratio`: median of its quotients with the full cache's, turn by turn."""
 
     median: float
     low: float

@@ -94,7 +94,7 @@ def text_root(cfg: RunConfig) -> Path:
 
 
 def weights_sha256(files: dict[str, Path]) -> str:
-    """One digest for all files of a model; the same with a text encoder and with its features. `random` without files."""
+    """One digest for all files of a model, with a text encoder or with its features; `random` without files."""
     if not files:
         return "random"
     digests = {role: encoder_sha256(path) for role, path in files.items()}

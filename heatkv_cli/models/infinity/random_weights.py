@@ -1,7 +1,7 @@
 """Infinity of real dimensions without files: weights from a seed, for measuring bytes and time.
 
-They enter through the functions that real checkpoints enter through, tensor by tensor, so dtypes and memory are those of
-a loaded model. Time and bytes do not depend on what weights say; pictures do, and are noise.
+They enter through the functions that real checkpoints enter through, tensor by tensor, so dtypes and memory are those
+of a loaded model. Time and bytes do not depend on what weights say; pictures do, and are noise.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def random_entries(net: nn.Module) -> dict[str, Entry]:
 
 
 def _drawn(name: str, shape: Shape) -> Callable[[], Tensor]:
-    """Matrices keep the size of what they multiply, norms and biases change little, temperatures are Infinity's start."""
+    """Matrices keep the size of what they multiply, norms and biases change little; temperatures as before training."""
 
     def read() -> Tensor:
         if name.endswith("scale_mul_1H11"):
