@@ -220,14 +220,14 @@ class RuntimeConfig:
         device: "cpu" or "cuda".
         device_index: which GPU; never part of a hash.
         threads: CPU threads of torch; None leaves torch's own choice; never part of a hash.
-        attention: back end of ragged attention; "masked" is the slow dense oracle.
+        attention: back end of ragged attention; "varlen" needs CUDA, "masked" is the slow dense oracle.
         batch_size: prompts per batch (guidance doubles the rows).
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
     device_index: int = 0
     threads: int | None = None
-    attention: Literal["auto", "grouped", "masked"] = "auto"
+    attention: Literal["auto", "grouped", "varlen", "masked"] = "auto"
     batch_size: int = 8
 
     def identity(self) -> dict[str, Any]:
