@@ -1,4 +1,4 @@
-"""The commands that run a stage: calibrate, build-schedule, generate, eval."""
+"""The commands that run a stage: calibrate, build-schedule, generate, eval, bench."""
 
 from __future__ import annotations
 
@@ -151,6 +151,35 @@ def evaluate(
     _stage("eval", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
+@app.command()
+def bench(
+    overrides: Overrides = None,
+    model: Model = None,
+    method: Method = None,
+    budget: Budget = None,
+    orders: Orders = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Measure seconds per scale and stage, and bytes, of methods in turns.
+
+    \b
+    Examples:
+      heatkv bench method=heatkv budget=0.2,0.1,0.04                      # the full cache is always measured too
+      heatkv bench model=infinity-2b weights=random resolution=0.25M budget=0.1 --orders infinity-2b.json
+      heatkv bench method=random runtime.batch_size=4 repeats=5 warmup=2
+
+    Writes OUT/bench/NAME/bench.csv (after every pass) and bench.md, and prints both tables. One image a batch unless
+    runtime.batch_size says otherwise. weights=random: real dimensions without files.
+    """
+    options = {"model": model, "method": method, "budget": budget, "orders": orders, "out": out}
+    _stage("bench", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+
+
 def _stage(
     command: str,
     overrides: Sequence[str] | None,
@@ -200,8 +229,10 @@ def _stage_function(command: str) -> Callable[[Plan, Console], dict[str, Any]]:
         from heatkv_cli.pipeline.build_schedule import run
     elif command == "generate":
         from heatkv_cli.pipeline.generate import run
-    else:
+    elif command == "eval":
         from heatkv_cli.pipeline.evaluate import run
+    else:
+        from heatkv_cli.pipeline.bench import run
     return run
 
 
