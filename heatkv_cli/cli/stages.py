@@ -25,6 +25,7 @@ from heatkv_cli.cli.options import (
     Quiet,
     Shard,
     Verbose,
+    Weights,
 )
 from heatkv_cli.errors import SetupError
 
@@ -38,6 +39,7 @@ def calibrate(
     overrides: Overrides = None,
     model: Model = None,
     benchmark: Benchmark = None,
+    weights: Weights = None,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -54,7 +56,7 @@ def calibrate(
 
     Writes OUT/calibration/NAME/calibration.safetensors and prints how stable the head orders are.
     """
-    options = {"model": model, "benchmark": benchmark, "out": out}
+    options = {"model": model, "benchmark": benchmark, "weights": weights, "out": out}
     _stage("calibrate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
@@ -94,6 +96,7 @@ def generate(
     benchmark: Benchmark = None,
     limit: Limit = None,
     shard: Shard = None,
+    weights: Weights = None,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -111,7 +114,7 @@ def generate(
     Writes OUT/images/NAME/free/*.png and manifest.csv, batch by batch.
     """
     options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
-    options |= {"limit": limit, "shard": shard, "out": out}
+    options |= {"limit": limit, "shard": shard, "weights": weights, "out": out}
     _stage("generate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
@@ -124,6 +127,7 @@ def evaluate(
     benchmark: Benchmark = None,
     limit: Limit = None,
     shard: Shard = None,
+    weights: Weights = None,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -143,7 +147,7 @@ def evaluate(
     Writes OUT/results.csv, one row per number, and prints a table.
     """
     options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
-    options |= {"limit": limit, "shard": shard, "out": out}
+    options |= {"limit": limit, "shard": shard, "weights": weights, "out": out}
     _stage("eval", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
