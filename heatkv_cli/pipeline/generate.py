@@ -43,7 +43,7 @@ CACHE_STAGES = ("policy", "attention", "observers", "pool")
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to go: everything but the loaded model."""
+    """A run that is ready to go: everything but the loaded model. `facts`: numbers that the method chose itself."""
 
     cfg: RunConfig
     run_id: str
@@ -53,6 +53,7 @@ class Job:
     weights_sha256: str
     schedule: Schedule | None
     calibration: Calibration | None
+    facts: dict[str, float]
     images: list[setup.Image]
     prompts_sha256: str
 
@@ -105,7 +106,8 @@ def prepare(cfg: RunConfig, ui: Console) -> Job:
     weights = setup.weights_sha256(files)
     _, schedule = schedule_of(cfg, ui)
     calibration = calibration_of(cfg, method, ui)
-    method.policy(geometry, budget, schedule, 1, calibration)  # an infeasible budget is told before anything is made
+    # an infeasible budget is told before anything is made
+    facts = method.policy(geometry, budget, schedule, 1, calibration).facts
     identity = {
         **cfg.identity(),
         "weights": weights,
@@ -121,7 +123,7 @@ def prepare(cfg: RunConfig, ui: Console) -> Job:
     asked = len(every) if cfg.limit is None else min(cfg.limit * samples, len(every))
     images = every[: -(-asked // size) * size]  # whole batches: the same files whatever the limit
     folder = cfg.out / "images" / run_id
-    return Job(cfg, run_id, digest, folder, files, weights, schedule, calibration, images, prompts.sha256)
+    return Job(cfg, run_id, digest, folder, files, weights, schedule, calibration, facts, images, prompts.sha256)
 
 
 def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | None = None) -> None:
