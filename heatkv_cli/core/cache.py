@@ -85,6 +85,7 @@ class KVCache:
         self.ledger = Ledger(geometry, rows, self.pool.allocated_bytes, policy.state_bytes)
         self.scale = 0
         self._visit: Visit | None = None
+        self._placed: tuple[LayerTable, int, Tensor] | None = None  # a visit's positions, asked for again and again
 
     # ------------------------------------------------------------------------------------------------ the seam
 
@@ -150,10 +151,14 @@ class KVCache:
 
     def positions(self, layer: int) -> Tensor:
         """Positions of [cache, current] (the cache alone for other layers), int32 (B or 1, H, N), -1 = padding."""
-        padded = self.tables[layer].padded_positions()
-        if self._visit is None or self._visit.layer != layer:
-            return padded
-        return torch.cat((padded, self._current_positions().expand(*padded.shape[:2], -1)), 2)
+        table = self.tables[layer]
+        if self._visiting(layer) is None:
+            return table.padded_positions()
+        if self._placed is None or self._placed[0] is not table or self._placed[1] != self.scale:
+            padded = table.padded_positions()
+            current = self._current_positions().expand(*padded.shape[:2], -1)
+            self._placed = table, self.scale, torch.cat((padded, current), 2)
+        return self._placed[2]
 
     def keys(self, layer: int) -> Tensor:
         """Keys of [cache, current], (B, H, N, D), heads padded with zeros to equal length; not to be written to."""
