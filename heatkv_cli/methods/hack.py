@@ -248,7 +248,7 @@ class _Hack(Selecting):
 def _merged(visit: Visit, mask: Tensor, heads: Tensor) -> Keep:
     """The keep, with dropped tokens of some heads folded into their kept ones."""
     view = visit.view()
-    visit.charge(2 * (view.k.nbytes + view.v.nbytes))
+    visit.charge(3 * (view.k.nbytes + view.v.nbytes) + SCORE_BYTES * view.k[..., 0].numel())
     heads, valid = heads.to(view.k.device), view.valid.to(view.k.device)
     k, v, kept, real = (x.index_select(1, heads) for x in (view.k, view.v, mask, valid))
     k, v = merge_dropped(k, v, kept, real, "similarity")
