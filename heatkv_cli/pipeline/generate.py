@@ -35,6 +35,7 @@ from heatkv_cli.pipeline.calibrate import calibration_of
 from heatkv_cli.results import RunFolder, finish_meta, write_meta
 
 FREE, LAYOUT, FORCED = "free", "layout", "forced"
+CHOSEN = "chosen_"  # before the name of a number that the method chose for itself (`window: auto`)
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def _make(
             f"out of GPU memory with batch size {len(batch)}", f"runtime.batch_size={max(1, len(batch) // 2)}"
         ) from error
     numbers = _costs(cache.ledger, seconds, len(batch)) | {"text_seconds": text_seconds / len(batch)}
+    numbers |= {CHOSEN + name: value for name, value in cache.policy.facts.items()}
     common = {
         "batch": batch[0].image_id,
         "seconds": seconds / len(batch),
