@@ -340,14 +340,14 @@ class KVCache:
         table, visit, device = self.tables[layer], self._visiting(layer), self.pool.k.device
         row, head, column = mask.nonzero().unbind(1)
         width, shape = max(table.lengths), (self.rows, int(mask[0].sum()), self.geometry.head_dim)
-        fresh = column >= width
-        slots = table.padded_slots(mask.shape[2])[head, column].to(device, torch.int64)
-        row, head, column = (x.to(device) for x in (row, head, column))
-        k, v = self.pool.k[row, slots], self.pool.v[row, slots]
-        if visit is not None and bool(fresh.any()):
+        places = table.padded_slots(mask.shape[2])[head, column].long() + row * self.pool.capacity
+        k, v = (x.flatten(0, 1).index_select(0, places.to(device)) for x in (self.pool.k, self.pool.v))
+        fresh = (column >= width).nonzero().squeeze(1)
+        if visit is not None and len(fresh):
+            current = tuple(x[fresh].to(device) for x in (row, head, column - width))
             fresh = fresh.to(device)
-            current = row[fresh], head[fresh], column[fresh] - width
-            k[fresh], v[fresh] = visit.k[current], visit.v[current]
+            k.index_copy_(0, fresh, visit.k[current])
+            v.index_copy_(0, fresh, visit.v[current])
         return k.view(shape), v.view(shape)
 
 
