@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runs import Run, better, by_variant, difference, load_runs
-
 from heatkv_cli.results import encode_rows, write_file
+from runs import Run, better, by_variant, difference, load_runs
 
 COLUMNS = (
     *("model", "benchmark", "budget", "rho", "metric", "base", "other", "seeds", "images", "pairs"),

@@ -16,9 +16,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from runs import LOWER_IS_BETTER, Row, markdown, number, point, variant
-
 from heatkv_cli.results import read_csv, write_file
+from runs import LOWER_IS_BETTER, Row, markdown, number, point, variant
 
 METRICS = ("kl", "psnr_layout", "psnr", "shapes")
 PUBLISHED = ("infinity-2b", "var-d30")

@@ -15,9 +15,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from runs import SEEDS, Row, markdown, number, point, variant
-
 from heatkv_cli.results import read_csv, write_file
+from runs import SEEDS, Row, markdown, number, point, variant
 
 BETAS = ("beta_live", "beta_alloc", "beta_work", "beta_meta")
 
@@ -51,7 +50,9 @@ def wide(rows: list[Row], compared: Iterable[Row] = ()) -> tuple[list[str], list
         time = f"{1000 * float(first['seconds_per_image']):.0f}"
         policy = f"{float(found['policy_share']['value']):.1%}" if "policy_share" in found else ""
         betas = [f"{float(first[name]):.4f}" for name in BETAS]
-        lines.append([label(first), point(first), *betas, f"{float(first['attended_ratio']):.3f}", *cells, time, policy])
+        lines.append(
+            [label(first), point(first), *betas, f"{float(first['attended_ratio']):.3f}", *cells, time, policy]
+        )
     return columns, lines
 
 
@@ -70,7 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--variants", metavar="METRIC", help="break one metric down instead")
-    parser.add_argument("--compared", type=Path, help="what scripts/compare.py wrote: paired differences beside the rest")
+    parser.add_argument(
+        "--compared", type=Path, help="what scripts/compare.py wrote: paired differences beside the rest"
+    )
     parser.add_argument("--to", type=Path, help="markdown file to write")
     a = parser.parse_args()
     compared = read_csv(a.compared) if a.compared else ()

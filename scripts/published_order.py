@@ -21,9 +21,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runs import LOWER_IS_BETTER, Row, Run, better, by_variant, difference, load_runs, markdown, point
-
 from heatkv_cli.results import encode_rows, read_csv, write_file
+from runs import LOWER_IS_BETTER, Row, Run, better, by_variant, difference, load_runs, markdown, point
 
 HIGHER_IS_BETTER = ("geneval", "hps_v21", "image_reward", "clip_score", "isc", "precision", "recall", "psnr", "shapes")
 OURS = ("kl", "psnr")
@@ -123,7 +122,8 @@ def rows_of(published: list[Row], runs: list[Run]) -> Iterator[dict[str, Any]]:
 
 def text(rows: list[dict[str, Any]]) -> str:
     """The same in words and a table."""
-    columns = ["published", "on tiny by", "tau-b", "same", "reversed", "published order", "order on tiny", "reversed, decided", "reversed, undecided"]  # fmt: skip
+    columns = ["published", "on tiny by", "tau-b", "same", "reversed", "published order", "order on tiny"]
+    columns += ["reversed, decided", "reversed, undecided"]
     lines = [
         [f"{r['model']}, {r['axis']} {r['level']}, {r['published_metric']}", r["metric"], f"{r['tau']:+.2f}",
          str(r["same"]), str(r["reversed"]), r["published_order"], r["order_on_tiny"],
@@ -162,9 +162,7 @@ def main() -> None:
         print(text(rows), end="")
         return
     head = dict(zip(COLUMNS, COLUMNS, strict=True))
-    write_file(
-        a.to.with_suffix(".csv"), encode_rows([head, *({**row, "command": command} for row in rows)], COLUMNS)
-    )
+    write_file(a.to.with_suffix(".csv"), encode_rows([head, *({**row, "command": command} for row in rows)], COLUMNS))
     write_file(a.to.with_suffix(".md"), f"{text(rows)}\nMade by\n\n    {command}\n".encode())
 
 

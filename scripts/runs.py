@@ -1,4 +1,4 @@
-"""What the table makers share: rows of `results.csv`, what a row is called, scores image by image, intervals, markdown."""
+"""What the table makers share: rows of `results.csv` and their names, scores of images, intervals, markdown."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ Row = Mapping[str, str]
 SEEDS = ("order_seed", "query_seed")
 """Parameters that only say which of many equal draws was made: runs that differ in nothing else are one variant."""
 
+CHOSEN = "chosen"
+"""Beside the parameters: numbers that the method chose for itself."""
+
 LOWER_IS_BETTER = ("kl", "fid", "lpips")
 
 
@@ -31,7 +34,11 @@ def _defaults(method: str) -> dict[str, Any]:
 def variant(row: Row) -> str:
     """Method and whatever it was given beside its defaults, `hack merge=false`; seeds left out."""
     args = json.loads(row["method_args_json"] or "{}")
-    own = {key: value for key, value in args.items() if key not in SEEDS and _defaults(row["method"]).get(key) != value}
+    own = {
+        key: value
+        for key, value in args.items()
+        if key not in (*SEEDS, CHOSEN) and _defaults(row["method"]).get(key) != value
+    }
     words = [row["method"], *(f"{key}={json.dumps(value).strip(chr(34))}" for key, value in own.items())]
     return " ".join(words) + (f" {row['attention_backend']}" if row["attention_backend"] != "grouped" else "")
 

@@ -85,6 +85,7 @@ class KVCache:
         self.ledger = Ledger(geometry, rows, self.pool.allocated_bytes, policy.state_bytes)
         self.scale = 0
         self._visit: Visit | None = None
+        self._placed: tuple[LayerTable, int, Tensor] | None = None  # a visit's positions, asked for again and again
 
     # ------------------------------------------------------------------------------------------------ the seam
 
@@ -149,10 +150,14 @@ class KVCache:
 
     def positions(self, layer: int) -> Tensor:
         """Positions of [cache, current] (the cache alone for other layers), int32 (B or 1, H, N), -1 = padding."""
-        padded = self.tables[layer].padded_positions()
-        if self._visit is None or self._visit.layer != layer:
-            return padded
-        return torch.cat((padded, self._current_positions().expand(*padded.shape[:2], -1)), 2)
+        table = self.tables[layer]
+        if self._visiting(layer) is None:
+            return table.padded_positions()
+        if self._placed is None or self._placed[0] is not table or self._placed[1] != self.scale:
+            padded = table.padded_positions()
+            current = self._current_positions().expand(*padded.shape[:2], -1)
+            self._placed = table, self.scale, torch.cat((padded, current), 2)
+        return self._placed[2]
 
     def keys(self, layer: int) -> Tensor:
         """Keys of [cache, current], (B, H, N, D), heads padded with zeros to equal length; not to be written to."""
@@ -337,14 +342,14 @@ class KVCache:
         table, visit, device = self.tables[layer], self._visiting(layer), self.pool.k.device
         row, head, column = mask.nonzero().unbind(1)
         width, shape = max(table.lengths), (self.rows, int(mask[0].sum()), self.geometry.head_dim)
-        fresh = column >= width
-        slots = table.padded_slots(mask.shape[2])[head, column].to(device, torch.int64)
-        row, head, column = (x.to(device) for x in (row, head, column))
-        k, v = self.pool.k[row, slots], self.pool.v[row, slots]
-        if visit is not None and bool(fresh.any()):
+        places = table.padded_slots(mask.shape[2])[head, column].long() + row * self.pool.capacity
+        k, v = (x.flatten(0, 1).index_select(0, places.to(device)) for x in (self.pool.k, self.pool.v))
+        fresh = (column >= width).nonzero().squeeze(1)
+        if visit is not None and len(fresh):
+            current = tuple(x[fresh].to(device) for x in (row, head, column - width))
             fresh = fresh.to(device)
-            current = row[fresh], head[fresh], column[fresh] - width
-            k[fresh], v[fresh] = visit.k[current], visit.v[current]
+            k.index_copy_(0, fresh, visit.k[current])
+            v.index_copy_(0, fresh, visit.v[current])
         return k.view(shape), v.view(shape)
 
 

@@ -50,17 +50,18 @@ def merge_dropped(k: Tensor, v: Tensor, kept: Tensor, valid: Tensor, rule: str) 
     sources, is_source = _packed(dropped)
     if not sources.shape[-1] or not pivots.shape[-1]:
         return k, v
+    pivots, sources = _rows_of(pivots, shape), _rows_of(sources, shape)
     cosine, nearest = _nearest(k, sources, pivots, is_pivot)
     pull, own, mass = _weights(cosine, is_source, rule)
-    own = torch.zeros_like(pivots, dtype=torch.float32).scatter_add_(2, nearest, own)
-    mass = torch.zeros_like(own).scatter_add_(2, nearest, mass)
+    count = is_pivot.numel()
+    places = _rows_of(nearest, is_pivot.shape).flatten()
+    own, mass = (cosine.new_zeros(count).index_add_(0, places, x.flatten()) for x in (own, mass))
 
     def folded(x: Tensor) -> Tensor:
-        assigned = nearest.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
-        self_ = _take(x, pivots).float() * (1 + own).unsqueeze(-1)
-        total = self_.scatter_add_(2, assigned, _take(x, sources).float() * pull.unsqueeze(-1))
+        total = _take(x, pivots).float().flatten(0, 2) * (1 + own).unsqueeze(-1)
+        total.index_add_(0, places, (_take(x, sources).float() * pull.unsqueeze(-1)).flatten(0, 2))
         new = (total / (1 + mass).unsqueeze(-1)).to(x.dtype)
-        return x.scatter(2, pivots.unsqueeze(-1).expand_as(new), new)
+        return x.flatten(0, 2).index_copy(0, pivots.flatten(), new).view(x.shape)
 
     return folded(k), folded(v)
 
@@ -72,8 +73,15 @@ def _packed(mask: Tensor) -> tuple[Tensor, Tensor]:
     return columns, mask.gather(-1, columns)
 
 
-def _take(x: Tensor, columns: Tensor) -> Tensor:
-    return x.gather(2, columns.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+def _rows_of(columns: Tensor, shape: torch.Size) -> Tensor:
+    """Columns (B, H, n) of a (B, H, N) as rows of the flattened (B * H * N)."""
+    B, H, N = shape
+    return columns + torch.arange(0, B * H * N, N, device=columns.device).view(B, H, 1)
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """Tokens (B, H, n, D) of x (B, H, N, D)."""
+    return x.flatten(0, 2).index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
 
 
 def _nearest(k: Tensor, sources: Tensor, pivots: Tensor, is_pivot: Tensor) -> tuple[Tensor, Tensor]:

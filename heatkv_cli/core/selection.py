@@ -7,7 +7,7 @@ form of `Keep.mask`. Defaults and their reasons: specs/methods.md 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Literal
@@ -113,16 +113,26 @@ def pool_segments(
     # tokens are laid out with `half` empty places between two scales, then pooled as one line
     place, empty = torch.arange(positions.shape[2]).expand(positions.shape), half * schedule.num_scales
     if not across:
-        place = place + half * schedule.scale_of(positions.clamp(min=0))
-    place, absent = place.expand(scores.shape).to(device), absent.to(device)
-    shape = (*scores.shape[:2], scores.shape[2] + empty)
-    if mode == "max":
-        line = scores.new_full(shape, -torch.inf).scatter_(2, place, scores.masked_fill(absent, -torch.inf))
-        return F.max_pool1d(line, kernel, 1, half).gather(2, place).masked_fill_(absent, -torch.inf)
-    line = scores.new_zeros(shape).scatter_(2, place, scores.masked_fill(absent, 0))
-    there = scores.new_zeros(shape).scatter_(2, place, (~absent).to(scores.dtype).expand_as(scores))
-    total, count = (F.avg_pool1d(x, kernel, 1, half).gather(2, place) for x in (line, there))
-    return (total / count).masked_fill_(absent, -torch.inf)
+        place = place + half * schedule.scale_table()[positions.long()]  # padding, -1, lies behind all scales
+    place, absent = place.to(device), absent.to(device)
+    join, lowest = (torch.maximum, -torch.inf) if mode == "max" else (torch.add, 0.0)
+    line = scores.new_full((*scores.shape[:2], scores.shape[2] + empty), lowest)
+    line.scatter_(2, place.expand(scores.shape), scores.masked_fill(absent, lowest))
+    pooled = _slid(line, half, join, lowest).gather(2, place.expand(scores.shape))
+    if mode == "avg":
+        line = scores.new_zeros(*absent.shape[:2], line.shape[2])
+        line.scatter_(2, place.expand(absent.shape), (~absent).to(scores.dtype))
+        pooled /= _slid(line, half, join, lowest).gather(2, place.expand(absent.shape))
+    return pooled.masked_fill_(absent, -torch.inf)
+
+
+def _slid(line: Tensor, half: int, join: Callable[[Tensor, Tensor], Tensor], outside: float) -> Tensor:
+    """Every entry joined with `half` neighbours on both sides, the first one first: equal neighbours, equal result."""
+    padded, tokens = F.pad(line, (half, half), value=outside), line.shape[2]
+    joined = padded[..., :tokens]
+    for shift in range(1, 2 * half + 1):
+        joined = join(joined, padded[..., shift : shift + tokens])
+    return joined
 
 
 def top_mask(scores: Tensor, counts: int | Tensor, always: Tensor | None = None) -> Tensor:
@@ -139,13 +149,15 @@ def top_mask(scores: Tensor, counts: int | Tensor, always: Tensor | None = None)
     """
     if always is not None:
         scores = scores.masked_fill(always.to(scores.device), torch.inf)
-    most = counts if isinstance(counts, int) else int(counts.max())
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :most]
-    mask = torch.zeros_like(scores, dtype=torch.bool)
+    most = min(max(1, counts if isinstance(counts, int) else int(counts.max())), scores.shape[2])
+    best = scores.topk(most).values
     if isinstance(counts, int):
-        return mask.scatter_(-1, best, True)
-    taken = torch.arange(most) < counts[:, None]
-    return mask.scatter_(-1, best, taken.to(scores.device).expand_as(best))
+        last = best[..., -1:]
+    else:
+        counts = counts.to(scores.device)[:, None]
+        last = best.gather(2, (counts - 1).clamp(0, most - 1).expand(len(scores), -1, 1))
+    above, level = scores > last, scores == last
+    return above | (level & (level.cumsum(2) <= counts - above.sum(2, keepdim=True)))
 
 
 def share_rows(scores: Tensor, cond: slice) -> Tensor:

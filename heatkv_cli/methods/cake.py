@@ -118,7 +118,8 @@ class _CAKE(Selecting):
         queries = self._window.queries(visit)
         own = self._window.columns(visit, queries)
         weights = visit.attention(queries)
-        mean, spread = weights.mean(2), weights.var(2, correction=0)
+        mean = weights.mean(2)
+        spread = (weights - mean.unsqueeze(2)).square_().mean(2)
         others = ~own[0, 0].to(weights.device)
         entropy = torch.special.entr(weights).sum((1, 2), dtype=torch.float64)[:, others].sum(1)
         del weights  # the largest buffer goes before scores are pooled

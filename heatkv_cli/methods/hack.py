@@ -186,22 +186,19 @@ class _Hack(Selecting):
     def decide(self, visit: Visit) -> Keep | None:
         """Heads that hold more than their budget choose; the others keep all."""
         positions, caps = visit.positions(), self._caps[visit.layer]
-        lengths = (positions[0] >= 0).sum(-1)
-        needy = (lengths > caps).nonzero().flatten()
-        if not len(needy):
+        heads = ((positions[0] >= 0).sum(-1) > caps).nonzero().flatten()
+        if not len(heads):
             return None
         visit.charge(SCORE_BYTES * len(visit.k) * positions.shape[1] * positions.shape[2])
-        mass = visit.column_mass(self._queries(visit), heads=needy)
-        mass = share_rows(mass, visit.cond) if self._method.share_cfg else mass
-        scores = mass.new_zeros(len(mass), *positions.shape[1:]).index_copy_(1, needy.to(mass.device), mass)
-        scores.masked_fill_((positions < 0).to(scores.device), -torch.inf)
-        always = torch.zeros_like(scores, dtype=torch.bool)
-        if bool(self._spatial[visit.layer].any()):
-            scores, always = self._structural(visit, scores, positions, lengths)
-        mask = top_mask(scores, torch.minimum(caps, lengths), always)
-        semantic = (~self._spatial[visit.layer]).nonzero().flatten()
-        if visit.scale == self._last and self._method.merge and self._method.patterns and len(semantic):
-            return _merged(visit, mask, semantic)
+        scores = visit.column_mass(self._queries(visit), heads=heads)
+        scores = share_rows(scores, visit.cond) if self._method.share_cfg else scores
+        scores.masked_fill_((positions[:, heads] < 0).to(scores.device), -torch.inf)
+        scores, always = self._structural(visit, scores, positions, heads)
+        chosen, everything = top_mask(scores, caps[heads], always), (positions >= 0).to(scores.device)
+        mask = everything.expand(len(chosen), -1, -1).index_copy(1, heads.to(scores.device), chosen)
+        merged = heads[~self._spatial[visit.layer, heads]]
+        if visit.scale == self._last and self._method.merge and self._method.patterns and len(merged):
+            return _merged(visit, mask, merged)
         return Keep(visit.layer, mask=mask)
 
     def _queries(self, visit: Visit) -> Tensor | None:
@@ -220,29 +217,30 @@ class _Hack(Selecting):
         draw = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed + visit.layer))
         return draw[:count].sort().values
 
-    def _structural(self, visit: Visit, scores: Tensor, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and protected tokens, (B, H, N), where spatial heads protect first and newest tokens.
+    def _structural(
+        self, visit: Visit, scores: Tensor, positions: Tensor, heads: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores and protected tokens of `heads`, (B, n, N), of which spatial ones protect first and newest tokens.
 
-        A spatial head in need whose budget does not hold the current scale has no use for older tokens: they get no
-        score, and the best current token of every patch is protected instead of all.
+        A spatial head whose budget does not hold the current scale has no use for older tokens: they get no score,
+        and the best current token of every patch is protected instead of all.
         """
-        caps, tokens, device = self._caps[visit.layer], visit.k.shape[2], scores.device
-        columns = positions.shape[2]
-        spatial = self._spatial[visit.layer] & (lengths > caps)
-        recent = self._method.keep_recent
+        spatial, caps, device = self._spatial[visit.layer, heads], self._caps[visit.layer, heads], scores.device
+        if not bool(spatial.any()):
+            return scores, None
+        columns, tokens, recent = scores.shape[2], visit.k.shape[2], self._method.keep_recent
         crowded = spatial & (caps < tokens) & recent
         room = torch.where(crowded | (not recent), caps, caps - tokens).clamp(min=0)
-        initial = torch.minimum(self._initial[visit.layer], room)
+        initial = torch.minimum(self._initial[visit.layer, heads], room) * spatial
         current = torch.arange(columns) >= columns - tokens
-        first = (positions >= 0) & (positions < initial[:, None])
-        always = (first & spatial[:, None]) | (current & (spatial & ~crowded)[:, None] & recent)
-        always = always.to(device).expand(scores.shape)
+        first = (positions[:, heads] >= 0) & (positions[:, heads] < initial[:, None])
+        always = (first | (current & (spatial & ~crowded)[:, None] & recent)).to(device)
         if not bool(crowded.any()):
             return scores, always
         free = torch.where(crowded, caps - first[0].sum(-1), 0)
         sides = torch.tensor([math.isqrt(n) for n in free.tolist()])
         best = best_of_patches(scores[:, :, columns - tokens :], visit.geometry.schedule, visit.scale, sides)
-        always = always.clone()
+        always = always.repeat(len(scores) // len(always), 1, 1)
         always[:, :, columns - tokens :] |= best
         return scores.masked_fill((crowded[:, None] & ~current).to(device), -torch.inf), always
 
@@ -250,11 +248,11 @@ class _Hack(Selecting):
 def _merged(visit: Visit, mask: Tensor, heads: Tensor) -> Keep:
     """The keep, with dropped tokens of some heads folded into their kept ones."""
     view = visit.view()
-    visit.charge(2 * (view.k.nbytes + view.v.nbytes))
-    heads = heads.to(view.k.device)
-    k, v, valid = view.k.clone(), view.v.clone(), view.valid.to(view.k.device)[:, heads]
-    k[:, heads], v[:, heads] = merge_dropped(k[:, heads], v[:, heads], mask[:, heads], valid, "similarity")
-    return Keep(visit.layer, mask=mask, k=k, v=v)
+    visit.charge(3 * (view.k.nbytes + view.v.nbytes) + SCORE_BYTES * view.k[..., 0].numel())
+    heads, valid = heads.to(view.k.device), view.valid.to(view.k.device)
+    k, v, kept, real = (x.index_select(1, heads) for x in (view.k, view.v, mask, valid))
+    k, v = merge_dropped(k, v, kept, real, "similarity")
+    return Keep(visit.layer, mask=mask, k=view.k.index_copy(1, heads, k), v=view.v.index_copy(1, heads, v))
 
 
 def best_of_patches(scores: Tensor, schedule: ScaleSchedule, scale: int, sides: Tensor) -> Tensor:

@@ -98,16 +98,19 @@ class _MEDA(HeavyHitters):
             self._held[layer] += tokens
             return self._held[layer]
         self._entropy[layer] = self._observe(visit)
-        available = [held + tokens * (last or i >= layer) for i, held in enumerate(self._held)]
         total = self._attended_total if last else self._total
-        mean = total // len(available)
+        mean, held = total // len(self._held), self._held
+        available = [n + tokens * (i >= layer) for i, n in enumerate(held)]
         floors = [min(n, max(self._least, min(math.ceil(FLOOR * n), mean))) for n in available]
-        cap = clamped_shares(self._weights(), total, floors, available)[layer]
-        if last:
-            return cap
-        others = sum(self._held[:layer]) + sum(map(max, self._held[layer + 1 :], floors[layer + 1 :]))
-        self._held[layer] = min(cap, total - others)
-        return self._held[layer]
+        if last:  # nothing is stored: what earlier layers have attended is gone from the total
+            held[layer] = clamped_shares(
+                self._weights()[layer:], total - sum(held[:layer]), floors[layer:], available[layer:]
+            )[0]
+        else:
+            cap = clamped_shares(self._weights(), total, floors, available)[layer]
+            others = sum(held[:layer]) + sum(map(max, held[layer + 1 :], floors[layer + 1 :]))
+            held[layer] = min(cap, total - others)
+        return held[layer]
 
     def _weights(self) -> list[float]:
         """Softmax of the entropies known; a layer never seen counts as the mean."""

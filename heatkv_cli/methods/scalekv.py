@@ -17,6 +17,7 @@ from heatkv_cli.core.caps import early_caps, shares
 from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.core.selection import (
+    SCORE_BYTES,
     Selecting,
     Window,
     WindowMethod,
@@ -230,7 +231,7 @@ class _ScaleKV(Selecting):
         queries = self._window.queries(visit)
         own = self._window.columns(visit, queries)
         raw, keys = visit.raw_query(), visit.keys()
-        visit.charge(raw.nbytes + keys.nbytes)
+        visit.charge(raw.nbytes + 2 * keys.nbytes + SCORE_BYTES * keys[..., 0].numel())
         total = raw[:, :, queries.to(raw.device)].float().sum(2, keepdim=True)  # of the logits, since they are linear
         scores = (total @ keys.float().transpose(-1, -2)).squeeze(2) * raw.shape[-1] ** -0.5
         scores = share_rows(scores, visit.cond) if self._window.share_cfg else scores

@@ -20,7 +20,7 @@ from heatkv_cli.errors import BudgetError
 from heatkv_cli.metrics.base import ImageMetric, Metric, Sample, Score, Value
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.contact_sheet import write_contact_sheet
-from heatkv_cli.pipeline.generate import FREE, Job, Models, prepare, run_pass
+from heatkv_cli.pipeline.generate import CHOSEN, FREE, Job, Models, prepare, run_pass
 from heatkv_cli.results import RunFolder, encode_rows, environment, upsert_results, utc_now, write_file
 
 SCORE_COLUMNS = ("image_id", "metric", "value", "stratum", "note")
@@ -215,10 +215,11 @@ def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
             "seconds_per_image",
         )
     }
+    chosen = {key.removeprefix(CHOSEN): value for key, value in item.costs.items() if key.startswith(CHOSEN)}
+    args = {**cfg.method.params, **({"chosen": chosen} if chosen else {})}
     common = {
-        **_about(cfg, plan), "run_id": job.run_id, "weights_sha256": job.weights_sha256,
-        "method_facts_json": job.facts, "schedule_sha256": job.schedule.sha256 if job.schedule else None,
-        "status": "ok", **costs,
+        **_about(cfg, plan), "run_id": job.run_id, "weights_sha256": job.weights_sha256, "method_args_json": args,
+        "schedule_sha256": job.schedule.sha256 if job.schedule else None, "status": "ok", **costs,
     }  # fmt: skip
     metrics = _metrics(cfg)
     for name, values in item.values.items():

@@ -36,6 +36,7 @@ from heatkv_cli.pipeline.calibrate import calibration_of
 from heatkv_cli.results import RunFolder, finish_meta, write_meta
 
 FREE, LAYOUT, FORCED = "free", "layout", "forced"
+CHOSEN = "chosen_"  # before the name of a number that the method chose for itself (`window: auto`)
 
 CACHE_STAGES = ("policy", "attention", "observers", "pool")
 """What a visit of the cache consists of: the stages whose share of the time every image records."""
@@ -43,7 +44,7 @@ CACHE_STAGES = ("policy", "attention", "observers", "pool")
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to go: everything but the loaded model. `facts`: numbers that the method chose itself."""
+    """A run that is ready to go: everything but the loaded model."""
 
     cfg: RunConfig
     run_id: str
@@ -53,7 +54,6 @@ class Job:
     weights_sha256: str
     schedule: Schedule | None
     calibration: Calibration | None
-    facts: dict[str, float]
     images: list[setup.Image]
     prompts_sha256: str
 
@@ -106,8 +106,7 @@ def prepare(cfg: RunConfig, ui: Console) -> Job:
     weights = setup.weights_sha256(files)
     _, schedule = schedule_of(cfg, ui)
     calibration = calibration_of(cfg, method, ui)
-    # an infeasible budget is told before anything is made
-    facts = method.policy(geometry, budget, schedule, 1, calibration).facts
+    method.policy(geometry, budget, schedule, 1, calibration)  # an infeasible budget is told before anything is made
     identity = {
         **cfg.identity(),
         "weights": weights,
@@ -123,7 +122,7 @@ def prepare(cfg: RunConfig, ui: Console) -> Job:
     asked = len(every) if cfg.limit is None else min(cfg.limit * samples, len(every))
     images = every[: -(-asked // size) * size]  # whole batches: the same files whatever the limit
     folder = cfg.out / "images" / run_id
-    return Job(cfg, run_id, digest, folder, files, weights, schedule, calibration, facts, images, prompts.sha256)
+    return Job(cfg, run_id, digest, folder, files, weights, schedule, calibration, images, prompts.sha256)
 
 
 def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | None = None) -> None:
@@ -188,6 +187,7 @@ def _make(
         text_seconds, stages = sum(reading.by_stage().values()), timeline.by_stage()
         pixels = None if kind == FORCED else model.decode(trace.latent).cpu().numpy()
     numbers = _costs(cache.ledger, stages, len(batch)) | {"text_seconds": text_seconds / len(batch)}
+    numbers |= {CHOSEN + name: value for name, value in cache.policy.facts.items()}
     common = {
         "batch": batch[0].image_id,
         "seconds": numbers["seconds_per_image"],

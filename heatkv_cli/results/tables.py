@@ -26,7 +26,7 @@ FILE_COLUMNS: tuple[tuple[str, str], ...] = (("file", "sha256"), ("trace", "trac
 
 RESULT_COLUMNS: tuple[str, ...] = (
     *("run_id", "created_utc", "git_sha", "git_dirty", "heatkv_version"),
-    *("model", "weights_sha256", "method", "method_args_json", "method_facts_json", "budget", "rho", "schedule_sha256"),
+    *("model", "weights_sha256", "method", "method_args_json", "budget", "rho", "schedule_sha256"),
     *("benchmark", "benchmark_version", "resolution", "seed", "seed_mode"),
     *("dtype", "attention_backend", "batch_size", "device", "torch_version"),
     *("metric", "metric_version", "variant", "value", "stderr", "low", "high", "n", "unit", "higher_is_better"),

@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection_oracle import (
     COND,
@@ -53,6 +53,7 @@ def split(weights: list[float], total: int, available: list[int]) -> list[int]:
     return out
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.data())
 def test_shares(weights: list[int], data: st.DataObject) -> None:
     available = data.draw(st.lists(st.integers(0, 30), min_size=len(weights), max_size=len(weights)))
@@ -64,6 +65,7 @@ def test_shares(weights: list[int], data: st.DataObject) -> None:
     assert all(abs(x - y) <= 1 for x, y in zip(found, wanted, strict=True))  # a remainder of 1/2 rounds either way
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(0, 1e9), min_size=2, max_size=40), st.integers(0, 10**6))
 def test_shares_of_any_numbers_are_exact(weights: list[float], total: int) -> None:
     found = shares(weights, total, [10**6] * len(weights))

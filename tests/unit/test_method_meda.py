@@ -80,20 +80,24 @@ def rule(method: MEDA, geometry: Geometry, budget: Budget, rows: int) -> tuple[R
         known = [e for e in entropies if not math.isnan(e)]
         filled = [sum(known) / len(known) if math.isnan(e) else e for e in entropies]
         weights = [math.exp(e) / sum(math.exp(x) for x in filled) for e in filled]
-        lengths = [held[i] + (tokens if visit.last or i >= layer else 0) for i in range(L)]
+        lengths = [held[i] + (tokens if i >= layer else 0) for i in range(L)]
         allowed = attended if visit.last else total
         floors = [min(n, max(text + window, min(math.ceil(n / 100), allowed // L))) for n in lengths]
-        wishes.append(split(weights, allowed, floors, lengths))
         if visit.last:
-            return wishes[-1][layer]
+            left = attended - sum(held[:layer])
+            wishes.append(split(weights[layer:], left, floors[layer:], lengths[layer:]))
+            return wishes[-1][0]
+        wishes.append(split(weights, allowed, floors, lengths))
         others = sum(held[i] if i < layer else max(held[i], floors[i]) for i in range(L) if i != layer)
         return min(wishes[-1][layer], allowed - others)
 
     def decide(visit: LiteralVisit) -> dict[tuple[int, int], list[Token]]:
         size = cap(visit)
+        held[visit.layer] = min(size, visit.length)
         if not visit.last:
-            held[visit.layer] = min(size, visit.length)
             assert sum(held) <= total
+        elif visit.layer == L - 1:
+            assert sum(held) == min(attended, L * geometry.schedule.num_tokens)
         return lookm.rule(inner, geometry, size)(visit)
 
     return decide, wishes

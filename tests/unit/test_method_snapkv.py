@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection_oracle import GEOMETRY, ROWS, Place, best, check, grid, pooled
 
@@ -82,6 +82,7 @@ def published_pyramid(layers: int, mean: int, window: int, length: int, beta: in
     return [largest - layer * step + window for layer in range(layers)]
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.integers(2, 40), st.integers(2, 400), st.data())
 def test_pyramids_are_the_published_ones_less_the_excess(layers: int, mean: int, data: st.DataObject) -> None:
     window = data.draw(st.integers(1, mean - 1))
@@ -135,6 +136,7 @@ def test_pyramidkv(text: str, options: dict[str, object]) -> None:
     check(method, text, lambda t, layer: caps[t][layer], rule.score, rule.pick, before=method.timing == "before")
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 30), st.data())
 def test_early_caps_fit_at_every_visit(layers: int, scales: int, total: int, data: st.DataObject) -> None:
     caps = []

@@ -13,11 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
+from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.policy import Method, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.methods.cake import CAKE
 from heatkv_cli.methods.h2o import H2O
+from heatkv_cli.methods.hack import Hack
+from heatkv_cli.methods.lookm import LookM
+from heatkv_cli.methods.meda import MEDA
 from heatkv_cli.methods.pyramidkv import PyramidKV
+from heatkv_cli.methods.scalekv import ScaleKV
 from heatkv_cli.methods.snapkv import SnapKV
 from heatkv_cli.methods.streaming import Streaming
 
@@ -67,7 +72,26 @@ METHODS = [
     H2O(),
     H2O(n_obs=4, share_cfg=True),
     Streaming(),
+    LookM(),
+    LookM(merge="weighted", share_cfg=True),
+    LookM(merge="none", timing="before"),
+    MEDA(),
+    MEDA(timing="before"),
+    ScaleKV(),
+    ScaleKV(faithful=True, share_cfg=True),
+    Hack(),
+    Hack(share_cfg=True, queries="full"),
+    Hack(timing="after"),
 ]
+
+
+def calibration() -> Calibration:
+    g, K = torch.Generator().manual_seed(1), GEOMETRY.num_scales
+    heads = GEOMETRY.num_layers, GEOMETRY.num_heads
+    shapes = {"scas": (*heads, K, K), "variance": heads, "asi": (heads[0], K), "entropy": (*heads, K)}
+    shapes["history_mass"] = shapes["entropy"]
+    values = {name: torch.rand(1, *shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+    return Calibration(GEOMETRY, "prompts", (0,), **values)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["0.3"])
@@ -75,9 +99,11 @@ METHODS = [
 def test_scores_are_charged(method: Method, text: str) -> None:
     """At every visit the bytes booked while the policy decides are no less than there are, stored state aside."""
     budget = Budget.parse(text)
-    cache = KVCache(GEOMETRY, method.policy(GEOMETRY, budget, None, ROWS), ROWS, 1, budget=budget)
+    policy = method.policy(GEOMETRY, budget, None, ROWS, calibration() if method.calibrated else None)
+    cache = KVCache(GEOMETRY, policy, ROWS, 1, budget=budget)
     generator, chosen = torch.Generator().manual_seed(0), 0
-    decide = cache.policy.after_attend
+    place = "before_attend" if getattr(method, "timing", "after") == "before" else "after_attend"
+    decide = getattr(policy, place)
 
     def weighed(visit: Visit) -> Any:
         nonlocal chosen
@@ -87,7 +113,7 @@ def test_scores_are_charged(method: Method, text: str) -> None:
         with heap:
             heap.weigh()
             before, heap.peak = heap.peak, 0  # state of earlier visits
-            keeps = list(decide(visit))
+            keeps = decide(visit)
         if keeps:
             chosen += 1
             current = visit.k.nbytes + visit.v.nbytes
@@ -95,11 +121,11 @@ def test_scores_are_charged(method: Method, text: str) -> None:
             assert heap.peak - before <= booked
         return keeps
 
-    cache.policy.after_attend = weighed  # type: ignore[method-assign]
+    setattr(policy, place, weighed)
     for tokens in GEOMETRY.schedule.lengths:
         for layer in range(GEOMETRY.num_layers):
             q, k, v = torch.randn(3, ROWS, GEOMETRY.num_heads, tokens, GEOMETRY.head_dim, generator=generator)
-            cache.attend(layer, q, k, v, 0.35)
+            cache.attend(layer, q, k, v, 0.35, q.clone)
         cache.end_scale()
     assert chosen
     assert type(cache.policy) is not Policy
