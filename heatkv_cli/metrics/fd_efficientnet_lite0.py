@@ -53,5 +53,4 @@ class FDEfficientNetLite0:
 
     def compute(self, images: Moments, reference: Moments | Gaussian) -> list[Value]:
         """The distance; raises ValueError with fewer than two images on a side."""
-        target = reference if isinstance(reference, Gaussian) else reference.gaussian()
-        return [frechet_value("", images, target)]
+        return [frechet_value("", images, reference)]

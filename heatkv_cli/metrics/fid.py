@@ -61,5 +61,4 @@ class FID:
 
     def compute(self, images: Moments, reference: Moments | Gaussian) -> list[Value]:
         """The distance; raises ValueError with fewer than two images on a side."""
-        target = reference if isinstance(reference, Gaussian) else reference.gaussian()
-        return [frechet_value(self.mode, images, target)]
+        return [frechet_value(self.mode, images, reference)]

@@ -103,12 +103,11 @@ class _Network(nn.Module):
         self.features, self.taps = features, taps
         for i, head in enumerate(heads):
             self.register_buffer(f"head{i}", head)
-        self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """(n,) distances of two (n, 3, H, W) batches in [-1, 1]."""
-        x, y = ((side - self.shift) / self.scale for side in (x, y))
+        shift, scale = (torch.tensor(numbers, device=x.device).view(1, 3, 1, 1) for numbers in (_SHIFT, _SCALE))
+        x, y = ((side - shift) / scale for side in (x, y))
         total = torch.zeros(len(x), device=x.device)
         for i, layer in enumerate(self.features):
             x, y = layer(x), layer(y)

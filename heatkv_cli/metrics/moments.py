@@ -65,6 +65,13 @@ class Moments:
         self.sums += other.sums
         self.products += other.products
 
+    def projected(self, basis: Matrix) -> Moments:
+        """The same in the coordinates of orthonormal columns (d, r)."""
+        moments = Moments(basis.shape[1], len(self.counts))
+        moments.counts, moments.sums = self.counts, self.sums @ basis
+        moments.products = basis.T @ self.products @ basis
+        return moments
+
     def gaussian(self, without: int | None = None) -> Gaussian:
         """Mean and covariance, of all images or of all but one group's.
 
@@ -133,22 +140,35 @@ def square_root(sigma: Matrix) -> Matrix:
     return root
 
 
-def frechet_value(variant: str, images: Moments, reference: Gaussian) -> Value:
-    """Frechet distance of a set to a reference, with a delete-a-group jackknife over the set's images.
+def frechet_value(variant: str, images: Moments, reference: Moments | Gaussian) -> Value:
+    """Frechet distance of a set to a reference, with a delete-a-group jackknife.
 
-    The interval is the normal 95 % one; it says what another draw of as many images would give, against the same
-    reference. It does not say how far the distance is from that of infinitely many images: small sets are biased
-    upwards, so only values of the same n compare.
+    The interval is the normal 95 % one. Against moments of as many images it is paired: a group is left out on both
+    sides. Against a fixed reference it says what another draw of as many images would give. It does not say how far the
+    distance is from that of infinitely many images: small sets are biased upwards, so only values of one n compare.
 
     Raises:
-        ValueError: fewer than two images.
+        ValueError: fewer than two images on a side.
     """
-    root = square_root(reference.sigma)
-    distance = frechet_distance(images.gaussian(), reference, root)
-    groups = np.flatnonzero(images.counts)
-    extra = {"reference_n": float(reference.n)}
+    if isinstance(reference, Moments) and images.n + reference.n < images.sums.shape[1]:
+        basis = _span(images.products.sum(0) + reference.products.sum(0))
+        images, reference = images.projected(basis), reference.projected(basis)
+    target = reference.gaussian() if isinstance(reference, Moments) else reference
+    root = square_root(target.sigma)
+    distance = frechet_distance(images.gaussian(), target, root)
+    groups = [int(g) for g in np.flatnonzero(images.counts)]
+    extra = {"reference_n": float(target.n)}
     if len(groups) < 2 or images.n - images.counts.max() < 2:
         return Value(variant, distance, math.nan, math.nan, math.nan, images.n, extra)
-    left = [frechet_distance(images.gaussian(without=int(g)), reference, root) for g in groups]
+    if isinstance(reference, Moments) and np.array_equal(images.counts, reference.counts):
+        left = [frechet_distance(images.gaussian(g), reference.gaussian(g)) for g in groups]
+    else:
+        left = [frechet_distance(images.gaussian(g), target, root) for g in groups]
     stderr = math.sqrt((len(left) - 1) * float(np.var(left)))
     return Value(variant, distance, stderr, distance - 1.96 * stderr, distance + 1.96 * stderr, images.n, extra)
+
+
+def _span(products: Matrix) -> Matrix:
+    """Orthonormal columns that span a few features in many dimensions; nothing is lost but time and rounding."""
+    values, vectors = np.linalg.eigh(products)
+    return vectors[:, values > 1e-12 * values[-1]]
