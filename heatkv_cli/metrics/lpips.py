@@ -127,10 +127,12 @@ def _network(net: Net, path: Path, sha256: str, device: str) -> nn.Module:
     from torchvision import models
 
     name, _, taps = _BACKBONES[net]
-    features = getattr(models, name)(weights=None).features[: max(taps) + 1]
+    with torch.device("meta"):  # the classifier is not used, and takes seconds to draw
+        features = getattr(models, name)(weights=None).features[: max(taps) + 1]
+    features.to_empty(device="cpu")
     stored = read_checkpoint(path)
     own = {key: stored[f"features.{key}"] for key in features.state_dict() if f"features.{key}" in stored}
-    load_exactly(features, own, path)  # the classifier is not used
+    load_exactly(features, own, path)
     heads = read_checkpoint(_heads(net))
     network = _Network(features, taps, [heads[f"lin{i}.model.1.weight"] for i in range(len(taps))])
     return network.requires_grad_(False).eval().to(device)
