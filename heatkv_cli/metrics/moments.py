@@ -113,31 +113,45 @@ class Rows:
         return features[np.argsort(index, kind="stable")]
 
 
-def frechet_distance(a: Gaussian, b: Gaussian, root_b: Matrix | None = None) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet distance of two Gaussians: ``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``.
 
     Rule: the trace of the root is the sum of the roots of the eigenvalues of ``S_b^(1/2) S_a S_b^(1/2)``, which is
     symmetric; eigenvalues that rounding made negative count as 0.
 
-    Args:
-        a, b: of the same dimension.
-        root_b: ``square_root(b.sigma)``, where it is needed more than once.
-
     Source: Heusel et al., arXiv 1706.08500, equation 6.
     """
-    root = square_root(b.sigma) if root_b is None else root_b
-    inner = root @ a.sigma @ root
-    eigenvalues = np.linalg.eigvalsh((inner + inner.T) / 2)
-    cross = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
-    gap = a.mu - b.mu
-    return float(gap @ gap + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross)
+    return _Target.of(b).distance(a)
 
 
-def square_root(sigma: Matrix) -> Matrix:
-    """Symmetric root of a covariance."""
-    values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
-    root: Matrix = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    return root
+@dataclass(frozen=True)
+class _Target:
+    """A Gaussian made ready for distances from many others, in the coordinates of a subspace that holds those.
+
+    What lies outside of the subspace meets nothing there: its trace and its part of the mean are a constant.
+    """
+
+    mu: Matrix
+    sigma: Matrix
+    root: Matrix
+    outside: float
+
+    @classmethod
+    def of(cls, b: Gaussian, basis: Matrix | None = None) -> Self:
+        """See from orthonormal columns (d, r); None for the whole space."""
+        mu, sigma = (b.mu, b.sigma) if basis is None else (b.mu @ basis, basis.T @ b.sigma @ basis)
+        values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
+        root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+        outside = 0.0 if basis is None else np.trace(b.sigma) - np.trace(sigma) + b.mu @ b.mu - mu @ mu
+        return cls(mu, sigma, root, float(outside))
+
+    def distance(self, a: Gaussian) -> float:
+        """Squared distance of a Gaussian in the same coordinates."""
+        inner = self.root @ a.sigma @ self.root
+        eigenvalues = np.linalg.eigvalsh((inner + inner.T) / 2)
+        cross = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
+        gap = a.mu - self.mu
+        return float(gap @ gap + np.trace(a.sigma) + np.trace(self.sigma) - 2 * cross) + self.outside
 
 
 def frechet_value(variant: str, images: Moments, reference: Moments | Gaussian) -> Value:
@@ -150,20 +164,22 @@ def frechet_value(variant: str, images: Moments, reference: Moments | Gaussian) 
     Raises:
         ValueError: fewer than two images on a side.
     """
-    if isinstance(reference, Moments) and images.n + reference.n < images.sums.shape[1]:
-        basis = _span(images.products.sum(0) + reference.products.sum(0))
-        images, reference = images.projected(basis), reference.projected(basis)
-    target = reference.gaussian() if isinstance(reference, Moments) else reference
-    root = square_root(target.sigma)
-    distance = frechet_distance(images.gaussian(), target, root)
+    basis = None
+    if images.n < images.sums.shape[1]:  # few images: all happens in the subspace that they span
+        basis = _span(images.products.sum(0))
+        images = images.projected(basis)
+    whole = reference.gaussian() if isinstance(reference, Moments) else reference
+    target = _Target.of(whole, basis)
+    distance = target.distance(images.gaussian())
     groups = [int(g) for g in np.flatnonzero(images.counts)]
-    extra = {"reference_n": float(target.n)}
+    extra = {"reference_n": float(whole.n)}
     if len(groups) < 2 or images.n - images.counts.max() < 2:
         return Value(variant, distance, math.nan, math.nan, math.nan, images.n, extra)
-    if isinstance(reference, Moments) and np.array_equal(images.counts, reference.counts):
-        left = [frechet_distance(images.gaussian(g), reference.gaussian(g)) for g in groups]
-    else:
-        left = [frechet_distance(images.gaussian(g), target, root) for g in groups]
+    left = []
+    for g in groups:
+        if isinstance(reference, Moments) and np.array_equal(images.counts, reference.counts):
+            target = _Target.of(reference.gaussian(g), basis)
+        left.append(target.distance(images.gaussian(g)))
     stderr = math.sqrt((len(left) - 1) * float(np.var(left)))
     return Value(variant, distance, stderr, distance - 1.96 * stderr, distance + 1.96 * stderr, images.n, extra)
 

@@ -280,6 +280,7 @@ def test_frechet_distance_in_the_span_is_that_in_full(features: tuple[np.ndarray
     whole = frechet_distance(a.gaussian(), b.gaussian())
     assert frechet_value("", a, b).value == pytest.approx(whole, rel=1e-5)
     assert frechet_value("", a, a).value == pytest.approx(0, abs=1e-9)
+    assert frechet_value("", a, b.gaussian()).value == pytest.approx(whole, rel=1e-5)  # against a fixed reference
     assert frechet_value("", b, a).value == pytest.approx(frechet_value("", a, b).value, rel=1e-6)
 
 
