@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image as Pixels
 
@@ -103,6 +104,21 @@ class CLIPScore:
             Score(s.prompt_id, s.index, 100 * value, parts={"truncated": truncated})
             for s, value, truncated in zip(samples, cosines, cut, strict=True)
         ]
+
+    def self_check(self) -> str:
+        """'' where a red picture is nearer to "red" than to "blue", and a blue one the other way round.
+
+        Raises:
+            SetupError: open_clip or the weights are missing.
+            ArtifactError: the weights do not fit.
+        """
+        colours = {"red": (220, 20, 20), "blue": (20, 20, 220)}
+        for name, rgb in colours.items():
+            image = np.full((224, 224, 3), rgb, np.uint8)
+            scores = {word: self.score(Sample("", f"a plain {word} picture", image=image)).value for word in colours}
+            if max(scores, key=lambda word: scores[word]) != name:
+                return f"a {name} picture scores {scores}"
+        return ""
 
     def summarise(self, scores: Sequence[Score], baseline: Sequence[Score] | None = None) -> list[Value]:
         """Mean over images, with the number of truncated prompts beside it."""

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, relu6
 
 from heatkv_cli.metrics.base import Features, Image
+from heatkv_cli.metrics.images import sample_pictures
 from heatkv_cli.metrics.weights import (
     WeightsFile,
+    check_name,
     find_weights,
     load_exactly,
     package,
@@ -37,6 +39,8 @@ _STAGES = (
     *((6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1)),
 )
 """(expansion, kernel, stride of the first block, channels, blocks) of each stage."""
+_KNOWN = 13.738
+"""Distance of the features of the two test pictures."""
 _TAPS = (0, 2, 4, 10, 15)
 """The last block at each resolution."""
 
@@ -89,6 +93,14 @@ class EfficientNetLite0:
         """(n, 1280) pooled features of n images of any size."""
         features: Features = self.network.pooled(self.prepare(images)).cpu().numpy()
         return features
+
+    def self_check(self) -> str:
+        """'' where the weights are what their name says and the features are the known ones, else what is wrong."""
+        if wrong := check_name(self.path):
+            return wrong
+        first, second = self(sample_pictures())
+        distance = float(np.linalg.norm(first - second))
+        return "" if abs(distance - _KNOWN) < 0.01 else f"two test pictures are {distance:.3f} apart, not {_KNOWN}"
 
     def prepare(self, images: Sequence[Image]) -> Tensor:
         """(n, 3, 224, 224) in about [-1, 1]."""

@@ -35,3 +35,14 @@ def by_size(function: Callable[..., Tensor], *sides: Sequence[Image]) -> Tensor:
         parts.append(function(*([side[i] for i in chosen] for side in sides)))
     rows = torch.cat(parts)
     return rows[torch.tensor(order).argsort().to(rows.device)]
+
+
+def sample_pictures() -> tuple[Image, Image]:
+    """Two pictures for self-tests, 64 x 64: a ramp of colours, and the same with a checked corner."""
+    side = np.arange(64)
+    ramp = np.stack(np.broadcast_arrays(4 * side[:, None], 4 * side[None], 255 - 2 * side[:, None]), -1).astype(
+        np.uint8
+    )
+    checked = ramp.copy()
+    checked[:32, :32] = 255 * ((side[:32, None, None] // 8 + side[None, :32, None] // 8) % 2)
+    return ramp, checked

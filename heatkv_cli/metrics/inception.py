@@ -20,8 +20,8 @@ from torch.nn.functional import interpolate
 
 from heatkv_cli.errors import ArtifactError
 from heatkv_cli.metrics.base import Features, Image
-from heatkv_cli.metrics.images import by_size, stack
-from heatkv_cli.metrics.weights import WeightsFile, find_weights, package, read_checkpoint, weights_sha256
+from heatkv_cli.metrics.images import by_size, sample_pictures, stack
+from heatkv_cli.metrics.weights import WeightsFile, check_name, find_weights, package, read_checkpoint, weights_sha256
 
 Mode = Literal["clean", "tf1", "antialias"]
 FILE = WeightsFile(
@@ -86,6 +86,14 @@ class Inception:
             x = layer(x)
         features: Features = x.flatten(1).cpu().numpy()
         return features
+
+    def self_check(self) -> str:
+        """'' where the weights are what their name says and the network tells pictures apart, else what is wrong."""
+        if wrong := check_name(self.path):
+            return wrong
+        features = self(sample_pictures())
+        fine = np.isfinite(features).all() and features.std(0).max() > 0
+        return "" if fine else "features of two pictures are not finite, or the same"
 
     def logits(self, features: Features) -> Tensor:
         """(n, 1008) logits without bias, as the Inception score takes them."""

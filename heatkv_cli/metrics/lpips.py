@@ -14,9 +14,16 @@ from torch import Tensor, nn
 
 from heatkv_cli.errors import SetupError
 from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, pair_of
-from heatkv_cli.metrics.images import by_size, stack
+from heatkv_cli.metrics.images import by_size, sample_pictures, stack
 from heatkv_cli.metrics.summary import Bootstrap, mean_value
-from heatkv_cli.metrics.weights import WeightsFile, find_weights, load_exactly, read_checkpoint, weights_sha256
+from heatkv_cli.metrics.weights import (
+    WeightsFile,
+    check_name,
+    find_weights,
+    load_exactly,
+    read_checkpoint,
+    weights_sha256,
+)
 
 Net = Literal["alex", "vgg"]
 _SOURCE = "download.pytorch.org/models"
@@ -68,6 +75,19 @@ class LPIPS:
     def weights_sha256(self) -> str:
         """Digest of the backbone; the heads are those of the only version there is."""
         return weights_sha256(self.path)
+
+    def self_check(self) -> str:
+        """'' where the weights are what their name says and the distance works, else what is wrong.
+
+        Raises:
+            SetupError: the weights are missing.
+            ArtifactError: they do not fit.
+        """
+        if wrong := check_name(self.path):
+            return wrong
+        a, b = sample_pictures()
+        same, other = (self.score(Sample("", image=a, reference=side)).value for side in (a, b))
+        return "" if same == 0 < other else f"a picture is {same} from itself and {other} from another"
 
     def score(self, sample: Sample) -> Score:
         """Distance of one image; raises as ``score_batch``."""

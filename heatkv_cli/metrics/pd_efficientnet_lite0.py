@@ -51,6 +51,10 @@ class PDEfficientNetLite0:
         """Digest of the weights."""
         return self.extractor.weights_sha256
 
+    def self_check(self) -> str:
+        """'' where the weights are what they say and the network works, else what is wrong; raises as an extraction."""
+        return self.extractor.self_check()
+
     def score(self, sample: Sample) -> Score:
         """Distance of one image; raises as ``score_batch``."""
         return self.score_batch([sample])[0]

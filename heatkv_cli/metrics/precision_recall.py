@@ -64,6 +64,10 @@ class PrecisionRecall:
         """Digest of the weights; raises SetupError where there are none."""
         return self.extractor.weights_sha256
 
+    def self_check(self) -> str:
+        """'' where the weights are what they say and the network works, else what is wrong; raises as an extraction."""
+        return self.extractor.self_check()
+
     def statistics(self) -> Rows:
         """Empty rows."""
         return Rows()

@@ -12,7 +12,7 @@ from torch.nn.functional import conv2d, pad
 
 from heatkv_cli.errors import ArtifactError
 from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, pair_of
-from heatkv_cli.metrics.images import by_size, stack
+from heatkv_cli.metrics.images import by_size, sample_pictures, stack
 from heatkv_cli.metrics.summary import Bootstrap, mean_value
 
 _SIGMA, _RADIUS = 1.5, 5
@@ -48,6 +48,12 @@ class SSIM:
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[Kind] = "paired"
     needs: ClassVar[Pass] = "free"
+
+    def self_check(self) -> str:
+        """'' where a picture is 1 to itself and less to another, else what is wrong."""
+        a, b = sample_pictures()
+        same, other = (self.score(Sample("", image=a, reference=side)).value for side in (a, b))
+        return "" if abs(same - 1) < 1e-9 and other < 1 else f"a picture is {same} to itself and {other} to another"
 
     def score(self, sample: Sample) -> Score:
         """SSIM of one image; raises as ``score_batch``."""

@@ -90,6 +90,19 @@ def weights_sha256(path: Path) -> str:
     return _digest(path, found.st_size, found.st_mtime_ns)
 
 
+def check_name(path: Path) -> str:
+    """'' where the digest begins with the last part of the file's name, as torch hub names files; else what is wrong.
+
+    Raises:
+        SetupError: the file is missing.
+    """
+    promised = path.stem.rpartition("-")[2]
+    found = weights_sha256(path)
+    if len(promised) != 8 or found.startswith(promised):
+        return ""
+    return f"{path} has sha256 {found[:8]}..., its name says {promised}: fetch it again"
+
+
 @lru_cache(maxsize=64)
 def _digest(path: Path, size: int, mtime_ns: int) -> str:
     return sha256_file(path)

@@ -29,6 +29,7 @@ from heatkv_cli.metrics.lpips import LPIPS
 from heatkv_cli.metrics.moments import Gaussian, Moments, Rows, frechet_distance, frechet_value
 from heatkv_cli.metrics.pd_efficientnet_lite0 import PDEfficientNetLite0
 from heatkv_cli.metrics.precision_recall import PrecisionRecall
+from heatkv_cli.metrics.psnr import PSNR
 from heatkv_cli.metrics.ssim import SSIM
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
@@ -516,3 +517,25 @@ def test_clip_score_reads_openais_archive(clip: tuple[str, Path], tmp_path: Path
     sample = Sample("a", "b", image=picture(0))
     plain, archive = (CLIPScore(clip[0], weights=str(path)).score(sample) for path in (clip[1], tmp_path / "openai.pt"))
     assert archive.value == pytest.approx(plain.value, abs=1e-6)
+
+
+# ---- self-tests
+
+
+def test_self_checks_pass_and_know_a_wrong_file(
+    inception: Path, backbones: dict[str, Path], clip: tuple[str, Path], tmp_path: Path
+) -> None:
+    assert SSIM().self_check() == PSNR().self_check() == FDEfficientNetLite0().self_check() == ""
+    other = tmp_path / "efficientnet-lite0-00000000.pth"
+    other.write_bytes(EfficientNetLite0().path.read_bytes())
+    assert "its name says 00000000" in PDEfficientNetLite0(weights=str(other)).self_check()
+    assert "its name says 6726825d" in FID(weights=str(inception)).self_check(), "random, under the real one's name"
+    plain = tmp_path / "inception.pth"
+    plain.write_bytes(inception.read_bytes())
+    assert FID(weights=str(plain)).self_check() == ""
+    assert LPIPS("alex", weights=str(backbones["alex"])).self_check() == ""
+    assert "scores {" in CLIPScore(clip[0], weights=str(clip[1])).self_check(), "random weights know no colours"
+    changed = EfficientNetLite0().network.state_dict()
+    changed = {key: value + 0.1 if key == "_conv_stem.weight" else value for key, value in changed.items()}
+    torch.save(changed, tmp_path / "changed.pth")
+    assert "apart, not 13.738" in EfficientNetLite0(str(tmp_path / "changed.pth")).self_check()
