@@ -39,7 +39,7 @@ def score(
       heatkv score --images theirs --prompts prompts.txt metric=clip_score
       heatkv score --images theirs metric=fid metric.fid.reference=mjhq30k
 
-    Images may lie in folders (GenEval's tree). Writes OUT/results.csv, one row per number, and prints a table.
+    Images may lie in folders (GenEval's tree). Writes OUT/score/results.csv, one row per number, and prints a table.
     """
     from heatkv_cli.console import Console
 

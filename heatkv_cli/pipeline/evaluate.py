@@ -258,7 +258,7 @@ def _print_table(items: list[Evaluated], ui: Console) -> None:
         "budget",
         "beta_alloc",
         "attended",
-        *(f"{n} ({units[n]})" for n in names),
+        *(f"{n} ({units[n]})" if units[n] else n for n in names),
         "ms/img",
         "attention",
     ]

@@ -45,7 +45,7 @@ class Sources:
 
 
 def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
-    """Compute the metrics of a plan on images of a folder; write rows to `results.csv`, print a table.
+    """Compute the metrics of a plan on images of a folder; write rows to `score/results.csv`, print a table.
 
     Raises:
         ConfigError: a metric needs something that was not given.
@@ -73,7 +73,7 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
         reference = _reference(metric, sources, cfg.out, ui)
         found = measure(metric, configs[name], items, folder, ui, reference=reference)
         measured[name] = _lacking(found, missing)
-    path = cfg.out / "results.csv"
+    path = cfg.out / "score" / "results.csv"  # apart from those of runs, which all have a model and a method
     rows = [row for name in measured for row in metric_rows(metrics[name], measured[name])]
     upsert_results(path, [{**_common(plan, run_id, prompts, sources, metrics[row["metric"]]), **row} for row in rows])
     ui.table(
