@@ -283,6 +283,18 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def size_text(count: float) -> str:
+    """Return bytes in words, in powers of 1000.
+
+    >>> size_text(512), size_text(8_820_000_000)
+    ('512 B', '8.82 GB')
+    """
+    power = 0
+    while count >= 1000 and power < 4:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
+
+
 def duration(seconds: float) -> str:
     """Return a time in words.
 

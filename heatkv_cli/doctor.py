@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from heatkv_cli.config import Plan, RunConfig, choices, compose
-from heatkv_cli.console import Console
+from heatkv_cli.console import Console, size_text
 from heatkv_cli.errors import HeatKVError, SetupError
 from heatkv_cli.pipeline import setup
 from heatkv_cli.results import environment
@@ -111,10 +111,13 @@ def _device(run: RunConfig) -> Check:
     if index >= count:
         return Check("device", False, f"there are {count} GPUs, none is number {index}", "set runtime.device_index=0")
     free, total = torch.cuda.mem_get_info(index)
-    return Check("device", True, f"{torch.cuda.get_device_name(index)}, {_size(free)} of {_size(total)} free")
+    return Check("device", True, f"{torch.cuda.get_device_name(index)}, {size_text(free)} of {size_text(total)} free")
 
 
 def _weights(run: RunConfig) -> Iterator[Check]:
+    if run.random_weights:
+        yield Check(f"{run.model.name} weights", True, "random: no files are read")
+        return
     for file in run.model.weights.files:
         what = f"{run.model.name} {file.role}"
         try:
@@ -162,7 +165,7 @@ def _disk(out: Path) -> Iterator[Check]:
     writable = folder.is_dir() and os.access(folder, os.W_OK)
     yield Check("output", writable, str(out.absolute()), "choose another folder with --out DIR")
     free = shutil.disk_usage(folder).free
-    yield Check("disk", free > LOW_DISK, f"{_size(free)} free", "free some disk, or choose --out DIR elsewhere")
+    yield Check("disk", free > LOW_DISK, f"{size_text(free)} free", "free some disk, or choose --out DIR elsewhere")
 
 
 def preview(plan: Plan, ui: Console) -> dict[str, Any]:
@@ -196,7 +199,7 @@ def preview(plan: Plan, ui: Console) -> dict[str, Any]:
 
 def _show_runs(plan: Plan, ui: Console) -> None:
     if plan.command == "calibrate":  # with the full cache, whatever method the runs will have
-        rows = [[run.model.name, run.calibration_prompts.name, _size(kv_bytes(run)[0])] for run in plan.runs]
+        rows = [[run.model.name, run.calibration_prompts.name, size_text(kv_bytes(run)[0])] for run in plan.runs]
         ui.table(("model", "prompts", "KV full"), rows, title=_headline(plan))
         return
     rows = []
@@ -204,7 +207,7 @@ def _show_runs(plan: Plan, ui: Console) -> None:
         full, kept = kv_bytes(run)
         params = ", ".join(f"{key}={value}" for key, value in run.method.params.items())
         images = "all" if run.limit is None else str(run.limit)
-        rows.append([run.method.name, params, run.budget or f"rho={run.rho}", images, _size(kept), _size(full)])
+        rows.append([run.method.name, params, run.budget or f"rho={run.rho}", images, size_text(kept), size_text(full)])
     ui.table(("method", "parameters", "budget", "prompts", "KV kept", "KV full"), rows, title=_headline(plan))
 
 
@@ -230,10 +233,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _size(count: float) -> str:
-    power = 0
-    while count >= 1000 and power < 4:
-        count, power = count / 1000, power + 1
-    return f"{count:.3g} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from heatkv_cli.cli.app import app
-from heatkv_cli.cli.options import Debug, Json, Model, Out, Overrides
+from heatkv_cli.cli.options import Debug, Json, Model, Out, Overrides, Weights
 from heatkv_cli.errors import ConfigError, SetupError, did_you_mean
 
 
@@ -45,7 +45,12 @@ def list_group(
 
 @app.command()
 def doctor(
-    overrides: Overrides = None, model: Model = None, out: Out = None, as_json: Json = False, debug: Debug = False
+    overrides: Overrides = None,
+    model: Model = None,
+    weights: Weights = None,
+    out: Out = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Check the installation; every failing check prints its fix.
 
@@ -62,7 +67,7 @@ def doctor(
         from heatkv_cli import doctor as checks
         from heatkv_cli.config import compose
 
-        plan = compose(overrides or [], command="doctor", options={"model": model, "out": out})
+        plan = compose(overrides or [], command="doctor", options={"model": model, "weights": weights, "out": out})
         report = checks.run(plan, console)
         console.result(report)
         outcome.code = 0 if report["status"] == "done" else SetupError.exit_code

@@ -21,6 +21,7 @@ Examples:
   heatkv eval method=full,streaming,heatkv budget=0.2,0.1,0.04  # a comma list is a sweep
   heatkv build-schedule model=infinity-2b budget=0.1 --orders infinity-2b.json
   heatkv ls methods
+  heatkv models                                                 # which model files are there
   heatkv doctor
 
 Files go below ./runs (--out DIR, or HEATKV_OUT). The same command goes on where it was interrupted.

@@ -11,11 +11,14 @@ import typer
 def complete_override(incomplete: str) -> list[str]:
     """Complete `key=value`: keys first, then the files of a group."""
     from heatkv_cli.config import GROUPS, choices
+    from heatkv_cli.config.sweep import SHORT
 
     key, equals, start = incomplete.partition("=")
     if not equals:
         return [
-            f"{name}=" for name in (*GROUPS, "budget", "rho", "seed", "limit", "out", "shard") if name.startswith(key)
+            f"{name}="
+            for name in (*GROUPS, "budget", "rho", "seed", "limit", "out", "shard", "weights", *SHORT)
+            if name.startswith(key)
         ]
     typed, comma, last = start.rpartition(",")
     group = "benchmark" if key.startswith("calibration_") else key
@@ -23,7 +26,9 @@ def complete_override(incomplete: str) -> list[str]:
     return [f"{key}={typed}{comma}{name}" for name in names if name.startswith(last)]
 
 
-def _complete(group: str) -> Callable[[str], list[str]]:
+def complete(group: str) -> Callable[[str], list[str]]:
+    """Complete the names of a group."""
+
     def names(incomplete: str) -> list[str]:
         from heatkv_cli.config import choices
 
@@ -41,12 +46,18 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
-Model = Annotated[Optional[str], typer.Option("--model", help="model=NAME", autocompletion=_complete("model"))]
-Method = Annotated[Optional[str], typer.Option("--method", help="method=NAME,...", autocompletion=_complete("method"))]
+Model = Annotated[Optional[str], typer.Option("--model", help="model=NAME", autocompletion=complete("model"))]
+Method = Annotated[Optional[str], typer.Option("--method", help="method=NAME,...", autocompletion=complete("method"))]
 Budget = Annotated[Optional[str], typer.Option("--budget", help="budget=FRACTION,... kept of the full KV cache")]
+Weights = Annotated[
+    Optional[str],
+    typer.Option(
+        "--weights", help="Folder with model files (else HEATKV_WEIGHTS_DIR, the hub's cache).", metavar="DIR"
+    ),
+]
 Benchmark = Annotated[
     Optional[str],
-    typer.Option("--benchmark", help="benchmark=NAME: the prompts", autocompletion=_complete("benchmark")),
+    typer.Option("--benchmark", help="benchmark=NAME: the prompts", autocompletion=complete("benchmark")),
 ]
 Limit = Annotated[Optional[str], typer.Option("--limit", help="First prompts only; all for every prompt.", metavar="N")]
 Shard = Annotated[Optional[str], typer.Option("--shard", help="Share the work: this is process I of N.", metavar="I/N")]

@@ -1,4 +1,4 @@
-"""The commands that run a stage: calibrate, build-schedule, generate, eval."""
+"""The commands that run a stage: calibrate, build-schedule, generate, eval, bench."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from heatkv_cli.cli.options import (
     Quiet,
     Shard,
     Verbose,
+    Weights,
 )
 from heatkv_cli.errors import PartialResultError, SetupError
 
@@ -38,6 +39,7 @@ def calibrate(
     overrides: Overrides = None,
     model: Model = None,
     benchmark: Benchmark = None,
+    weights: Weights = None,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -54,7 +56,7 @@ def calibrate(
 
     Writes OUT/calibration/NAME/calibration.safetensors and prints how stable the head orders are.
     """
-    options = {"model": model, "benchmark": benchmark, "out": out}
+    options = {"model": model, "benchmark": benchmark, "weights": weights, "out": out}
     _stage("calibrate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
@@ -94,6 +96,7 @@ def generate(
     benchmark: Benchmark = None,
     limit: Limit = None,
     shard: Shard = None,
+    weights: Weights = None,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -111,7 +114,7 @@ def generate(
     Writes OUT/images/NAME/free/*.png and manifest.csv, batch by batch.
     """
     options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
-    options |= {"limit": limit, "shard": shard, "out": out}
+    options |= {"limit": limit, "shard": shard, "weights": weights, "out": out}
     _stage("generate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
@@ -124,6 +127,7 @@ def evaluate(
     benchmark: Benchmark = None,
     limit: Limit = None,
     shard: Shard = None,
+    weights: Weights = None,
     out: Out = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -143,8 +147,37 @@ def evaluate(
     Writes OUT/results.csv, one row per number, and prints a table.
     """
     options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
-    options |= {"limit": limit, "shard": shard, "out": out}
+    options |= {"limit": limit, "shard": shard, "weights": weights, "out": out}
     _stage("eval", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+
+
+@app.command()
+def bench(
+    overrides: Overrides = None,
+    model: Model = None,
+    method: Method = None,
+    budget: Budget = None,
+    orders: Orders = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Measure seconds per scale and stage, and bytes, of methods in turns.
+
+    \b
+    Examples:
+      heatkv bench method=heatkv budget=0.2,0.1,0.04                      # the full cache is always measured too
+      heatkv bench model=infinity-2b weights=random resolution=0.25M budget=0.1 --orders infinity-2b.json
+      heatkv bench method=random runtime.batch_size=4 repeats=5 warmup=2
+
+    Writes OUT/bench/NAME/bench.csv (after every pass) and bench.md, and prints both tables. One image a batch unless
+    runtime.batch_size says otherwise. weights=random: real dimensions without files.
+    """
+    options = {"model": model, "method": method, "budget": budget, "orders": orders, "out": out}
+    _stage("bench", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
 def _stage(
@@ -197,8 +230,10 @@ def _stage_function(command: str) -> Callable[[Plan, Console], dict[str, Any]]:
         from heatkv_cli.pipeline.build_schedule import run
     elif command == "generate":
         from heatkv_cli.pipeline.generate import run
-    else:
+    elif command == "eval":
         from heatkv_cli.pipeline.evaluate import run
+    else:
+        from heatkv_cli.pipeline.bench import run
     return run
 
 

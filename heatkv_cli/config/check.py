@@ -174,6 +174,9 @@ def _check_run(run: RunConfig, errors: list[ConfigError]) -> None:
     for key, value in (("batch_size", runtime.batch_size), ("threads", runtime.threads)):
         if value is not None and value < 1:
             errors.append(ConfigError(f"runtime.{key} is {value}", f"it is at least 1: runtime.{key}=1"))
+    for key, number, least in (("repeats", run.repeats, 1), ("warmup", run.warmup, 0)):
+        if number < least:
+            errors.append(ConfigError(f"{key} is {number}", f"it is at least {least}: {key}={least}"))
     if run.seed_mode == "paper" and runtime.batch_size != 1:
         errors.append(
             ConfigError(

@@ -40,6 +40,9 @@ _FIXED = (
 )
 """Keys below a group that belong to its file: reading them from elsewhere would not be seen, or would be a lie."""
 
+DEFAULTS: dict[str, dict[str, Any]] = {"bench": {"runtime.batch_size": 1}}
+"""What a command starts from in place of the YAML files' values: latency is that of one image."""
+
 DRAWING = ("calibrate", "generate", "eval")
 """Commands that make images."""
 
@@ -79,7 +82,8 @@ def compose(
     errors += [ConfigError(f"{a} and {b} are both given", "they are the same: keep one")
                for a, b in (*names.items(), ("budget", "rho")) if {a, b} <= set(keys)]  # fmt: skip
     typed = [axis.renamed(names) for axis in typed]
-    axes = [axis.renamed(SHORT) for axis in axes]
+    defaults = [Axis(key, (((key, value),),)) for key, value in DEFAULTS.get(command, {}).items()]
+    axes = defaults + [axis.renamed(SHORT) for axis in axes]
     runs: list[RunConfig] = []
     for assignments in product(merge(axes, typed)):
         run = _compose_run(assignments, errors)

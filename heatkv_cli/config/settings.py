@@ -33,11 +33,12 @@ class RunConfig:
         limit: first prompts of the benchmark; None for all.
         shard: (i, n): every n-th batch beginning with the i-th.
         out: everything is written below it.
-        weights: folder of model files, None where none was named.
+        weights: folder of model files, None where none was named; `random` is no folder, see `random_weights`.
         text: where text features are kept; None for `out`/text.
         calibration, schedule: artifacts to use instead of those `out` holds.
         orders: removal orders in the upstream file format, for `build-schedule`.
         contact_sheet: columns of the picture `eval` ends with; 0 for none.
+        repeats, warmup: measured and unmeasured passes of `bench`.
         noise_floor: `eval` also compares the reference with itself, with the dense attention back end or one prompt
             at a time; None leaves that out.
     """
@@ -63,12 +64,19 @@ class RunConfig:
     schedule: Path | None
     orders: Path | None
     contact_sheet: int
+    repeats: int
+    warmup: int
     noise_floor: Literal["attention", "batch"] | None = None
 
     @property
     def budget_label(self) -> str:
         """The budget as a piece of a file name: "0.1", "21of6425", "rho0.7"."""
         return f"rho{self.rho:g}" if self.budget is None else self.budget.replace("/", "of")
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether weights are drawn, not read: real dimensions without files (`weights=random`)."""
+        return self.weights is not None and str(self.weights) == "random"
 
     @property
     def is_reference(self) -> bool:

@@ -7,7 +7,6 @@ dense], observers, policy after attention, pool, ledger. The last scale stores n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from heatkv_cli.core.policy import Keep, Observer, Policy, View, Visit
 from heatkv_cli.core.pool import KVPool
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.core.table import LayerTable
+from heatkv_cli.core.timeline import stage, staged
 from heatkv_cli.errors import BudgetError, ConfigError
 
 BACKENDS = ("grouped", "varlen", "masked")
@@ -44,7 +44,7 @@ class KVCache:
         ConfigError: unknown back end, or a dtype that the budget was not counted in.
 
     Attributes:
-        ledger: bytes, attended tokens and times.
+        ledger: bytes, attended tokens and FLOPs.
         pool: where the tokens are.
     """
 
@@ -105,22 +105,21 @@ class KVCache:
         """
         self._check(layer, q, k, v)
         visit = Visit(layer, self.scale, q, k, v, softmax_scale, self.cond, self.geometry, self)
-        self._visit, clock = visit, perf_counter()
-        before = self.policy.before_attend(visit)
-        clock = self.ledger.spent("policy", clock)
+        self._visit = visit
+        with stage("policy"):
+            before = self.policy.before_attend(visit)
         y = self._attend(visit, before)
-        clock = self.ledger.spent("attention", clock)
-        for observer in self.observers:
-            observer.observe(visit)
-        clock = self.ledger.spent("observers", clock)
+        with stage("observers"):
+            for observer in self.observers:
+                observer.observe(visit)
         if self.scale == self.geometry.num_scales - 1:
             self._release(layer)
         else:
-            keeps = list(self.policy.after_attend(visit))
-            clock = self.ledger.spent("policy", clock)
+            with stage("policy"):
+                keeps = list(self.policy.after_attend(visit))
             self._store(visit, before, keeps)
-        self.ledger.visited(self.pool.used, self.pool.index_bytes + sum(t.index_bytes for t in self.tables))
-        self.ledger.spent("pool", clock)
+        with stage("pool"):
+            self.ledger.visited(self.pool.used, self.pool.index_bytes + sum(t.index_bytes for t in self.tables))
         self._visit = None
         return y
 
@@ -166,11 +165,12 @@ class KVCache:
 
     # --------------------------------------------------------------------------------------------------- attention
 
+    @staged("attention")
     def _attend(self, visit: Visit, before: Keep | None) -> Tensor:
         table, count = self.tables[visit.layer], visit.k.shape[2]
         if before is not None:
             return self._attend_selection(visit, before)
-        self.ledger.attending([n + count for n in table.lengths])
+        self.ledger.attending(visit.scale, [n + count for n in table.lengths])
         if self.backend == "masked":
             view = self.view(visit.layer)
             return masked_attention(visit.q, view.k, view.v, view.valid, visit.softmax_scale)
@@ -191,7 +191,7 @@ class KVCache:
         counts = mask[0].sum(-1).tolist()
         if min(counts) == 0:
             raise ValueError(f"{where} leaves a head nothing to attend to")
-        self.ledger.attending(counts)
+        self.ledger.attending(visit.scale, counts)
         k, v = _replaced(view, keep)
         if self.backend == "masked":
             return masked_attention(visit.q, k, v, mask, visit.softmax_scale)
@@ -217,10 +217,12 @@ class KVCache:
 
     # ----------------------------------------------------------------------------------------------------- storage
 
+    @staged("pool")
     def _release(self, layer: int) -> None:
         self.pool.give(self.tables[layer].slots)
         self.tables[layer] = LayerTable.empty(self.geometry.num_heads)
 
+    @staged("pool")
     def _store(self, visit: Visit, before: Keep | None, keeps: Iterable[Keep]) -> None:
         """Apply the decisions: other layers first, so that what they give back can be used here."""
         decided = {} if before is None else {visit.layer: before}

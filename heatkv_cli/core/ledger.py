@@ -1,11 +1,9 @@
-"""What a generation cost: bytes by the definitions of design.md 5, attended tokens, and time per stage."""
+"""What a generation cost: bytes by the definitions of design.md 5, attended tokens, and FLOPs of attention."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
 
 from heatkv_cli.core.scales import Geometry
 
@@ -23,7 +21,7 @@ class Ledger:
     Attributes:
         live_peak, work_peak, meta_peak: bytes.
         attended_tokens: keys seen by the heads of one row, summed over all visits and heads.
-        seconds: per stage: `policy`, `attention`, `observers`, `pool`. Host time; on a GPU kernels run behind it.
+        attention_flops: per scale, 4 D N_t multiplications and additions for every key a head attends to, all rows.
     """
 
     geometry: Geometry
@@ -34,8 +32,11 @@ class Ledger:
     work_peak: int = 0
     meta_peak: int = 0
     attended_tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    attention_flops: list[int] = field(init=False)
     used_slots: int = 0
+
+    def __post_init__(self) -> None:
+        self.attention_flops = [0] * self.geometry.num_scales
 
     @property
     def token_bytes(self) -> int:
@@ -48,9 +49,11 @@ class Ledger:
         capacity = self.pool_bytes // (self.rows * self.geometry.bytes_per_token)
         return self.pool_bytes + capacity * self.rows * self.state_bytes
 
-    def attending(self, keys: Sequence[int]) -> None:
-        """A visit's attention is about to run; `keys` that each head attends to."""
+    def attending(self, scale: int, keys: Sequence[int]) -> None:
+        """A visit's attention is about to run at `scale`; `keys` that each head attends to."""
         self.attended_tokens += sum(keys)
+        queries = self.geometry.schedule.lengths[scale]
+        self.attention_flops[scale] += 4 * self.geometry.head_dim * self.rows * queries * sum(keys)
 
     def working(self, tokens: int) -> None:
         """Keys and values of `tokens` (heads x tokens) are alive beside the pool: the current scale and copies."""
@@ -62,12 +65,6 @@ class Ledger:
         self.used_slots = used_slots
         self.live_peak = max(self.live_peak, used_slots * self.token_bytes)
         self.meta_peak = max(self.meta_peak, index_bytes)
-
-    def spent(self, stage: str, since: float) -> float:
-        """Book the time since `since` on a stage; returns now."""
-        now = perf_counter()
-        self.seconds[stage] += now - since
-        return now
 
     def ratios(self) -> dict[str, float]:
         """beta_live, beta_alloc, beta_work, beta_meta, and attended tokens as a number and a share of full's."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from heatkv_cli.core.timeline import staged
 from heatkv_cli.errors import BudgetError
 
 
@@ -87,6 +88,7 @@ class KVPool:
         self.k.index_copy_(1, index, k)
         self.v.index_copy_(1, index, v)
 
+    @staged("/read")
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of k, v (rows, n, D) from slots (n,)."""
         index = slots.to(self.k.device, non_blocking=True)

@@ -57,10 +57,14 @@ class WeightFile:
         return "/".join(self.hub.split("/")[:2])
 
     @property
+    def inside(self) -> str:
+        """Its path in the repository: "" for the whole."""
+        return "/".join(self.hub.split("/")[2:])
+
+    @property
     def hub_files(self) -> tuple[str, ...]:
         """Paths of its files in the repository."""
-        path = "/".join(self.hub.split("/")[2:])
-        return tuple(f"{path}/{part}".lstrip("/") for part in self.parts) or (path,)
+        return tuple(f"{self.inside}/{part}".lstrip("/") for part in self.parts) or (self.inside,)
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -98,8 +102,7 @@ def places(model: str, file: WeightFile, folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         yield from (folder / file.name, folder / model / file.name)
     if file.hub:
-        path = "/".join(file.hub.split("/")[2:])
-        yield _snapshot(file) / path
+        yield _snapshot(file) / file.inside
 
 
 def _snapshot(file: WeightFile) -> Path:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.ledger import Ledger
+from heatkv_cli.core.timeline import Timeline
 from heatkv_cli.errors import ConfigError, GPUMemoryError
 from heatkv_cli.models.base import ImageModel, Trace
 from heatkv_cli.pipeline import setup
@@ -35,6 +36,9 @@ from heatkv_cli.pipeline.calibrate import calibration_of
 from heatkv_cli.results import RunFolder, finish_meta, write_meta
 
 FREE, LAYOUT, FORCED = "free", "layout", "forced"
+
+CACHE_STAGES = ("policy", "attention", "observers", "pool")
+"""What a visit of the cache consists of: the stages whose share of the time every image records."""
 
 
 @dataclass(frozen=True)
@@ -174,25 +178,17 @@ def _make(
     cuda = cfg.runtime.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    begin = perf_counter()
-    try:
-        condition = model.encode([image.item.prompt for image in batch])
-        if cuda:
-            torch.cuda.synchronize()
-        text_seconds, begin = perf_counter() - begin, perf_counter()
-        trace = model.generate(condition, sampling, cache, generators, forced)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds = perf_counter() - begin
+    with memory_errors(len(batch)):
+        with Timeline(setup.device_of(cfg)) as reading:
+            condition = model.encode([image.item.prompt for image in batch])
+        with Timeline(setup.device_of(cfg)) as timeline:
+            trace = model.generate(condition, sampling, cache, generators, forced)
+        text_seconds, stages = sum(reading.by_stage().values()), timeline.by_stage()
         pixels = None if kind == FORCED else model.decode(trace.latent).cpu().numpy()
-    except torch.OutOfMemoryError as error:
-        raise GPUMemoryError(
-            f"out of GPU memory with batch size {len(batch)}", f"runtime.batch_size={max(1, len(batch) // 2)}"
-        ) from error
-    numbers = _costs(cache.ledger, seconds, len(batch)) | {"text_seconds": text_seconds / len(batch)}
+    numbers = _costs(cache.ledger, stages, len(batch)) | {"text_seconds": text_seconds / len(batch)}
     common = {
         "batch": batch[0].image_id,
-        "seconds": seconds / len(batch),
+        "seconds": numbers["seconds_per_image"],
         "kv_peak_bytes": cache.ledger.live_peak,
         "kv_resident_bytes": cache.ledger.alloc_bytes,
         "status": "ok",
@@ -220,6 +216,17 @@ def _make(
             files[row["trace"]] = _encode_trace(trace, i)
         rows.append({**row, "numbers_json": json.dumps(own, sort_keys=True)})
     return rows, files
+
+
+@contextmanager
+def memory_errors(batch: int) -> Iterator[None]:
+    """Say what to type when the GPU's memory does not hold a batch of `batch` images."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GPUMemoryError(
+            f"out of GPU memory with batch size {batch}", f"runtime.batch_size={max(1, batch // 2)}"
+        ) from error
 
 
 def new_cache(job: Job, model: ImageModel, batch: int) -> KVCache:
@@ -258,8 +265,9 @@ def bit_kl(full: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, float]:
     return {"kl": total / count, **each}
 
 
-def _costs(ledger: Ledger, seconds: float, images: int) -> dict[str, float]:
-    shares = {f"{stage}_share": spent / seconds for stage, spent in ledger.seconds.items()}
+def _costs(ledger: Ledger, stages: dict[str, float], images: int) -> dict[str, float]:
+    seconds = sum(stages.values())
+    shares = {f"{stage}_share": stages.get(stage, 0) / seconds for stage in CACHE_STAGES}
     return {**ledger.ratios(), "seconds_per_image": seconds / images, **shares}
 
 

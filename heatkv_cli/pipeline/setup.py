@@ -74,9 +74,13 @@ TEXT = "text"  # role of a text encoder: features computed with it may stand in 
 def weight_files(cfg: RunConfig) -> dict[str, Path]:
     """Paths of the model's files by role; a text encoder's may be a folder of its features, see `text_root`.
 
+    None where weights are drawn at random.
+
     Raises:
         SetupError: a file is missing.
     """
+    if cfg.random_weights:
+        return {}
     return {file.role: weight_file(cfg, file) for file in cfg.model.weights.files}
 
 
@@ -98,7 +102,9 @@ def text_root(cfg: RunConfig) -> Path:
 
 
 def weights_sha256(files: dict[str, Path]) -> str:
-    """One digest for all files of a model; the same with a text encoder and with its features."""
+    """One digest for all files of a model, with a text encoder or with its features; `random` without files."""
+    if not files:
+        return "random"
     digests = {role: encoder_sha256(path) for role, path in files.items()}
     if len(digests) == 1:
         return next(iter(digests.values()))

@@ -16,7 +16,7 @@ from heatkv_cli.cli import complete_override, run
 from heatkv_cli.errors import EXIT_CODES
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("calibrate", "build-schedule", "generate", "eval", "ls", "doctor")
+COMMANDS = ("calibrate", "build-schedule", "generate", "eval", "bench", "ls", "doctor", "models", "download")
 HEAVY = ("torch", "hydra", "omegaconf", "pandas", "scipy", "numpy", "torchmetrics")
 LIMIT_SECONDS = 0.5
 SLACK = 2.0  # test machines are shared: another test process may hold the core for half of the time

@@ -26,6 +26,7 @@ from heatkv_cli.models.infinity.checkpoint import (
 )
 from heatkv_cli.models.infinity.containers import open_checkpoint
 from heatkv_cli.models.infinity.model import InfinityModel
+from heatkv_cli.models.infinity.random_weights import TEXT_TOKENS, random_model
 from heatkv_cli.models.infinity.text import WordEncoder
 from heatkv_cli.models.infinity.text_t5 import Precision, T5Encoder, positive_text
 from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig
@@ -62,7 +63,7 @@ def load_bundled(
 
     Args:
         geometry: from the model's YAML.
-        files: {"model": path}.
+        files: {"model": path}; empty: random weights.
         device: where it runs.
         width, block_chunks, text_channels, text_layers: of the networks.
         rope_base, rope_mode: see `rope_table`.
@@ -71,6 +72,12 @@ def load_bundled(
     Raises:
         ArtifactError: the file is damaged, or does not fit the YAML.
     """
+    shape, codes = _shape(tokenizer)
+    base = (rope_base[0], rope_base[1])
+    sizes = (geometry.num_layers, width, geometry.num_heads, block_chunks, codes, text_channels)
+    if not files:
+        config = InfinityConfig(*sizes, TEXT_TOKENS)
+        return random_model(geometry, config, shape, torch.float32, device, base, rope_mode)
     path = files["model"]
     try:
         with safe_open(path, "pt") as f:
@@ -79,10 +86,7 @@ def load_bundled(
         words, max_words = list(header["words"]), int(header["max_words"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ArtifactError(f"{path} is not a bundled model: {error}", "install heatkv again") from error
-    shape, codes = _shape(tokenizer)
-    config = InfinityConfig(
-        geometry.num_layers, width, geometry.num_heads, block_chunks, codes, text_channels, max_words
-    )
+    config = InfinityConfig(*sizes, max_words)
     parts: dict[str, nn.Module] = {
         "transformer": Infinity(config),
         "tokenizer": Tokenizer(shape),
@@ -94,7 +98,7 @@ def load_bundled(
         module.eval().requires_grad_(False).to(device)
     transformer, pixels, text = (parts[name] for name in PARTS)
     assert isinstance(transformer, Infinity) and isinstance(pixels, Tokenizer) and isinstance(text, WordEncoder)
-    return InfinityModel(geometry, transformer, pixels, text, (rope_base[0], rope_base[1]), rope_mode)
+    return InfinityModel(geometry, transformer, pixels, text, base, rope_mode)
 
 
 def _shape(tokenizer: Mapping[str, Any]) -> tuple[TokenizerConfig, Codes]:
@@ -139,7 +143,7 @@ def load_official(
     Args:
         geometry: from the model's YAML.
         files: paths by role: "transformer" and "tokenizer"; "text" is the folder of the encoder, or one of features
-            computed with it; without "text" the model takes features in place of prompts.
+            computed with it; without "text" the model takes features in place of prompts. Empty: random weights.
         device: where it runs.
         dtype: of the transformer's blocks; everything else is float32.
         width, block_chunks, text_channels, text_length: see `InfinityConfig`.
@@ -162,6 +166,9 @@ def load_official(
             f"{geometry.model}: width {width} over {geometry.num_heads} heads is not head_dim {geometry.head_dim}",
             "check conf/model",
         )
+    base = (rope_base[0], rope_base[1])
+    if not files:
+        return random_model(geometry, config, shape, getattr(torch, dtype), device, base, rope_mode)
     with torch.device("meta"):
         net, pixels = Infinity(config), Tokenizer(shape)
     net_path, pixel_path = files["transformer"], files["tokenizer"]
@@ -175,7 +182,7 @@ def load_official(
         text = _stored_text(files["text"], text_channels, text_length, t5_dtype, device, positive_prompt)
     load_transformer(net_path, net_file, net, getattr(torch, dtype), device)
     load_tokenizer(pixel_path, pixel_file, pixels, device)
-    return InfinityModel(geometry, net, pixels, text, (rope_base[0], rope_base[1]), rope_mode)
+    return InfinityModel(geometry, net, pixels, text, base, rope_mode)
 
 
 def _stored_text(source: Path, channels: int, length: int, dtype: Precision, device: str, positive: bool) -> StoredText:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from heatkv_cli.core.scales import Geometry
+from heatkv_cli.core.timeline import at_scale
 from heatkv_cli.models.base import Cache, Sampling, Trace
 from heatkv_cli.models.infinity.rope import rope_table
 from heatkv_cli.models.infinity.sampling import draw_bits
@@ -105,6 +106,7 @@ class InfinityModel:
         latent = torch.zeros(batch, self.codes.bits, *latent_size, device=self.rope.device)
         x, bits_of, logits_of = self.transformer.start(cond), [], []
         for s, size in enumerate(schedule.sizes):
+            at_scale(s)
             cfg = sampling.cfg[s]
             guide = {depth + n: cfg for n in sampling.guide_layers if n < 0} if cfg != 1 else None
             rope = self.rope[:, schedule.offsets[s] : schedule.offsets[s + 1]]
@@ -129,6 +131,7 @@ class InfinityModel:
             if s + 1 < schedule.num_scales:
                 tokens = self.codes.to_tokens(resize(latent, self.codes.grid(schedule.sizes[s + 1])))
                 x = self.transformer.embed(tokens).repeat(len(cond.sos) // batch, 1, 1)
+        at_scale(None)
         return Trace(tuple(bits_of), tuple(logits_of), latent)
 
     def decode(self, latent: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from heatkv_cli.core.timeline import staged
+
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Remove values by top-k, then top-p; logits (..., 2)."""
@@ -23,6 +25,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
+@staged("sampling")
 def draw_bits(logits: Tensor, top_k: int, top_p: float, generators: Sequence[torch.Generator]) -> Tensor:
     """One bit for every pair of logits.
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heatkv_cli.core.timeline import staged
+
 Size = tuple[int, int]
 
 
@@ -238,6 +240,7 @@ class Tokenizer(nn.Module):
         """Summed codes (B, d, H, W) -> RGB in [-1, 1]."""
         return self.decoder(summed.to(self.decoder.conv_in.conv.weight.dtype)).clamp(-1, 1)
 
+    @staged("decode")
     def decode_uint8(self, summed: Tensor) -> Tensor:
         """Summed codes -> RGB uint8 (B, H, W, 3); truncated, not rounded, as upstream does."""
         return ((self.decode(summed).float() + 1) / 2).permute(0, 2, 3, 1).mul(255).to(torch.uint8).contiguous()

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heatkv_cli.core.timeline import staged
 from heatkv_cli.errors import ConfigError
 from heatkv_cli.models.infinity.rope import rotate
 from heatkv_cli.models.infinity.tokenizer import Codes
@@ -139,6 +140,7 @@ class SelfAttention(nn.Module):
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
+    @staged("projections")
     def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (R, N, C), rope (2, N, D/2) -> q, k, v (R, H, N, D), exactly what attention multiplies, in x's dtype."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
@@ -149,6 +151,11 @@ class SelfAttention(nn.Module):
         q = rotate(F.normalize(q.float(), dim=-1) * temperature, rope)
         k = rotate(F.normalize(k.float(), dim=-1), rope)
         return q.to(v.dtype), k.to(v.dtype), v
+
+    @staged("projections")
+    def output(self, y: Tensor) -> Tensor:
+        """Attention output (R, H, N, D) -> (R, N, C)."""
+        return linear(y.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
 
 
 class CrossAttention(nn.Module):
@@ -169,6 +176,7 @@ class CrossAttention(nn.Module):
         k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return k, v
 
+    @staged("cross_attention")
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         q = linear(x, self.mat_q.weight, self.mat_q.bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, kv[0].to(q.dtype), kv[1].to(q.dtype), attn_mask=mask)
@@ -180,6 +188,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
+    @staged("ffn")
     def forward(self, x: Tensor) -> Tensor:
         y = F.gelu(linear(x, self.fc1.weight, self.fc1.bias), approximate="tanh")
         return linear(y, self.fc2.weight, self.fc2.bias)
@@ -199,15 +208,17 @@ class Block(nn.Module):
         self.ca_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.ffn = FeedForward(width, hidden)
 
+    @staged("norms")
     def before(self, x: Tensor, ada: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Everything up to attention: residual (R, N, C) -> q, k, v (R, H, N, D)."""
         _, _, scale, _, shift, _ = (self.ada_gss.float() + ada).unbind(2)
         return self.sa.project(modulate(x, scale, shift), rope)
 
+    @staged("norms")
     def after(self, x: Tensor, y: Tensor, ada: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Everything after attention: residual and attention output y (R, H, N, D) -> residual."""
         gate1, gate2, _, scale, _, shift = (self.ada_gss.float() + ada).unbind(2)
-        y = linear(y.transpose(1, 2).flatten(2), self.sa.proj.weight, self.sa.proj.bias)
+        y = self.sa.output(y)
         x = x + (gate1 * y).to(y.dtype)  # in place upstream, so rounded; the FFN's gate is not
         normed = F.layer_norm(x.float(), x.shape[-1:], self.ca_norm.weight.float(), self.ca_norm.bias.float(), NORM_EPS)
         x = x + self.ca(normed, kv, mask).float()
@@ -300,6 +311,7 @@ class Infinity(nn.Module):
         """The learned text of guidance, one (L_i, Ct) a row: as long as the row's own prompt."""
         return [self.cfg_uncond[:n] for n in text.lengths]
 
+    @staged("condition")
     def condition(self, text: Text) -> Conditioning:
         """Text features -> everything the blocks need of them (all rows, guidance rows included)."""
         mask, normed, dtype = text.mask(), self.text_norm(text.features), self.dtype
@@ -362,6 +374,7 @@ class Infinity(nn.Module):
                 index += 1
         return x
 
+    @staged("head")
     def logits(self, hidden: Tensor, cond: Conditioning) -> Tensor:
         """Hidden state of the first rows (R', N, C) -> float32 logits (R', N, token_bits, 2); [..., 1] is bit 1."""
         scale, shift = cond.head[: len(hidden)].unbind(2)

@@ -1,0 +1,263 @@
+"""What `bench` writes and prints: passes -> tidy rows with median and spread, and tables.
+
+A stage whose name has a slash is a part of the stage before the slash; stages without one sum to `pass`. `pass` is the
+generation of a batch from text features to latents, `total` is that and the decoding to pixels.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from heatkv_cli.core.timeline import Place
+from heatkv_cli.pipeline import setup
+from heatkv_cli.pipeline.generate import Job
+from heatkv_cli.pipeline.process_memory import Memory
+from heatkv_cli.results import encode_rows, environment, utc_now
+
+ALL = "all"
+COLUMNS = (
+    *("run_id", "model", "resolution", "method", "method_args_json", "budget", "rho"),
+    *("scale", "stage", "measure", "unit", "median", "low", "high", "repeats", "ratio_to_full"),
+    *("device", "device_name", "threads", "dtype", "attention_backend", "batch_size", "rows"),
+    *("weights_sha256", "schedule_sha256", "torch_version", "heatkv_version", "git_sha", "git_dirty", "created_utc"),
+    "command",
+)
+"""Of `bench.csv`: one row per run, scale (or all), stage and measure. low and high: the smallest and largest repeat."""
+
+UNITS = {"seconds": "s", "bytes": "B", "flops": "FLOP"}
+"""By the last word of a measure; the others are fractions."""
+
+Key = tuple[str, str, str]
+"""Scale, stage, measure."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one generation cost.
+
+    Args:
+        seconds: of every scale and stage.
+        decode_seconds: from latents to pixels on the host.
+        cpu_seconds: of all threads of the process; well below seconds x threads, something else had the machine.
+        profiling_seconds: what taking the times took, an upper estimate.
+        attention_flops: per scale.
+        ratios: the four betas and attended tokens, see `Ledger.ratios`.
+        cache_bytes: allocated for keys, values and the method's state.
+        generating, decoding: memory of the process, or of the GPU.
+    """
+
+    seconds: dict[Place, float]
+    decode_seconds: float
+    cpu_seconds: float
+    profiling_seconds: float
+    attention_flops: tuple[int, ...]
+    ratios: dict[str, float]
+    cache_bytes: int
+    generating: Memory
+    decoding: Memory
+
+    def values(self) -> dict[Key, float]:
+        """Every number of the pass by scale, stage and measure."""
+        found: dict[Key, float] = defaultdict(float)
+        for (scale, name), seconds in self.seconds.items():
+            whole = name.partition("/")[0]
+            for where in (ALL,) if scale is None else (ALL, str(scale)):
+                for part in dict.fromkeys((name, whole, "pass")):
+                    found[where, part, "seconds"] += seconds
+        found[ALL, "decode", "seconds"] = self.decode_seconds
+        found[ALL, "total", "seconds"] = found[ALL, "pass", "seconds"] + self.decode_seconds
+        found[ALL, "pass", "cpu_seconds"] = self.cpu_seconds
+        found[ALL, "pass", "profiling_seconds"] = self.profiling_seconds
+        for scale, flops in enumerate(self.attention_flops):
+            found[str(scale), "attention", "flops"] = flops
+        found[ALL, "attention", "flops"] = sum(self.attention_flops)
+        found |= {(ALL, "pass", name): ratio for name, ratio in self.ratios.items()}
+        found[ALL, "pass", "cache_bytes"] = self.cache_bytes
+        for name, memory in (("pass", self.generating), ("decode", self.decoding)):
+            if memory.before is not None and memory.peak is not None:
+                found[ALL, name, "process_before_bytes"] = memory.before
+                found[ALL, name, "process_peak_bytes"] = memory.peak
+                found[ALL, name, "process_added_bytes"] = memory.peak - memory.before
+        return dict(found)
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of a run over its repeats; `ratio`: median of its quotients with the full cache's, turn by turn."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+    ratio: float | None
+
+
+Passes = Mapping[str, Sequence[Pass]]
+
+
+def numbers(job: Job, full: Job, passes: Passes) -> dict[Key, Number]:
+    """All numbers of one run over the repeats it has; the last one of a key is dropped where repeats lack it."""
+    mine, theirs = ([each.values() for each in passes.get(one.run_id, ())] for one in (job, full))
+    found = {}
+    for key in mine[0] if mine else ():
+        values = [each[key] for each in mine]
+        pairs = [(a[key], b[key]) for a, b in zip(mine, theirs, strict=False) if b.get(key)]
+        ratio = median(a / b for a, b in pairs) if pairs else None
+        found[key] = Number(median(values), min(values), max(values), len(values), ratio)
+    return found
+
+
+def encode(jobs: Sequence[Job], passes: Passes, command: str) -> bytes:
+    """`bench.csv` of whatever was measured so far."""
+    rows = [row for job in jobs for row in _rows(job, jobs[0], passes, command)]
+    return encode_rows([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows], COLUMNS)
+
+
+def _rows(job: Job, full: Job, passes: Passes, command: str) -> Iterable[dict[str, Any]]:
+    cfg, facts = job.cfg, environment()
+    batch = cfg.runtime.batch_size
+    common = {
+        "run_id": job.run_id, "model": cfg.model.name, "resolution": cfg.model.resolution,
+        "method": cfg.method.name, "method_args_json": cfg.method.params, "budget": cfg.budget, "rho": cfg.rho,
+        **_machine(job), "batch_size": batch, "rows": batch * (2 if setup.sampling_of(cfg.model).guided else 1),
+        "weights_sha256": job.weights_sha256, "schedule_sha256": job.schedule.sha256 if job.schedule else None,
+        "torch_version": torch.__version__, "heatkv_version": facts["heatkv_version"],
+        "git_sha": facts["git_sha"], "git_dirty": facts["git_dirty"], "created_utc": utc_now(), "command": command,
+    }  # fmt: skip
+    for (scale, name, measure), number in numbers(job, full, passes).items():
+        yield {
+            **common, "scale": scale, "stage": name, "measure": measure, "unit": _unit(measure),
+            "median": number.median, "low": number.low, "high": number.high, "repeats": number.repeats,
+            "ratio_to_full": number.ratio,
+        }  # fmt: skip
+
+
+def _unit(measure: str) -> str:
+    if measure == "attended_tokens":
+        return "tokens"
+    return UNITS.get(measure.rpartition("_")[2], "fraction")
+
+
+def _machine(job: Job) -> dict[str, Any]:
+    """Where it ran, as every row says it."""
+    cfg = job.cfg
+    return {
+        "device": cfg.runtime.device,
+        "device_name": device_name(setup.device_of(cfg)),
+        "threads": torch.get_num_threads(),
+        "dtype": cfg.model.dtype,
+        "attention_backend": setup.backend_of(cfg),
+    }
+
+
+def device_name(device: str) -> str:
+    """The GPU's or the processor's name."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def summary(jobs: Sequence[Job], passes: Passes) -> list[dict[str, Any]]:
+    """The headline of every run.
+
+    `attention_ratio` and `flop_ratio` are self-attention's time (reading the cache included) and its FLOPs over those
+    of the full cache; `quotient` is the first over the second: 1 where saved work is saved time. `pool_share` and
+    `policy_share` are parts of the pass.
+    """
+    found = []
+    for job in jobs:
+        each = numbers(job, jobs[0], passes)
+        batch = job.cfg.runtime.batch_size
+
+        def at(name: str, measure: str = "seconds", each: dict[Key, Number] = each) -> Number | None:
+            return each.get((ALL, name, measure))
+
+        total, attention, flops, whole = at("total"), at("attention"), at("attention", "flops"), at("pass")
+        assert total and attention and flops and whole  # every pass has them
+        shares = {n: (each[key].median / whole.median if (key := (ALL, n, "seconds")) in each else 0.0) for n in SHARES}
+        added, peak = at("pass", "process_added_bytes"), at("pass", "process_peak_bytes")
+        found.append(
+            {
+                "run_id": job.run_id,
+                "method": job.cfg.method.name,
+                "budget": job.cfg.budget_label,
+                "seconds_per_image": total.median / batch,
+                "ratio_to_full": total.ratio,
+                "attention_ratio": attention.ratio,
+                "flop_ratio": flops.ratio,
+                "quotient": attention.ratio / flops.ratio if attention.ratio and flops.ratio else None,
+                **{f"{name.replace('/', '_')}_share": share for name, share in shares.items()},
+                **{name: each[ALL, "pass", name].median for name in ("beta_alloc", "beta_live", "beta_work")},
+                "added_bytes": None if added is None else added.median,
+                "peak_bytes": None if peak is None else peak.median,
+            }
+        )
+    return found
+
+
+SHARES = ("attention", "attention/read", "pool", "policy")
+
+
+def shown(jobs: Sequence[Job], passes: Passes) -> list[tuple[str, list[str], list[list[Any]]]]:
+    """Title, columns and rows of the printed tables: the headline, and seconds of each stage."""
+    cfg, machine = jobs[0].cfg, _machine(jobs[0])
+    title = (
+        f"{cfg.model.name} at {cfg.model.resolution}, {cfg.model.dtype}, batch {cfg.runtime.batch_size}, "
+        f"{machine['device_name']}, {machine['threads']} threads, median of {cfg.repeats}"
+    )
+    columns = ["method", "budget", "s/image", "of full", "self-attention", "FLOPs", "quotient"]
+    columns += ["read", "pool", "policy", "beta_alloc", "beta_live", "beta_work", "added MiB", "peak MiB"]
+    rows = [
+        [
+            item["method"], item["budget"], f"{item['seconds_per_image']:.3g}", _cell(item["ratio_to_full"]),
+            _cell(item["attention_ratio"]), _cell(item["flop_ratio"]), _cell(item["quotient"]),
+            *(f"{item[name]:.1%}" for name in ("attention_read_share", "pool_share", "policy_share")),
+            *(f"{item[name]:.4f}" for name in ("beta_alloc", "beta_live", "beta_work")),
+            _mebibytes(item["added_bytes"]), _mebibytes(item["peak_bytes"]),
+        ]
+        for item in summary(jobs, passes)
+    ]  # fmt: skip
+    return [(title, columns, rows), _stages(jobs, passes)]
+
+
+def _stages(jobs: Sequence[Job], passes: Passes) -> tuple[str, list[str], list[list[Any]]]:
+    """Seconds of each stage over all scales, largest of the full cache first."""
+    each = [numbers(job, jobs[0], passes) for job in jobs]
+    names = {name for found in each for scale, name, measure in found if (scale, measure) == (ALL, "seconds")}
+    keys = [(ALL, name, "seconds") for name in names]
+    seconds = {key[1]: [found[key].median if key in found else 0.0 for found in each] for key in keys}
+    order = sorted(names, key=lambda name: (name in ("pass", "total"), -seconds[name.partition("/")[0]][0], name))
+    columns = ["seconds", *(f"{job.cfg.method.name} {job.cfg.budget_label}" for job in jobs)]
+    return "stages", columns, [[name, *(f"{value:.4g}" for value in seconds[name])] for name in order]
+
+
+def markdown(jobs: Sequence[Job], passes: Passes, command: str) -> str:
+    """The printed tables and the command that made them."""
+    parts = [f"```\n{command}\n```"]
+    for title, columns, rows in shown(jobs, passes):
+        lines = [columns, ["---"] * len(columns), *rows]
+        table = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+        parts.append(f"{title}\n\n{table}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.3f}"
+
+
+def _mebibytes(count: float | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.0f}"

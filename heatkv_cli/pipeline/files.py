@@ -1,0 +1,199 @@
+"""Model files: which are there (`heatkv models`), and fetching them (`heatkv download`), which happens only when asked.
+
+The hub is met through `hub()` alone; everything else of the program reads files that are already on disk.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from heatkv_cli.config import RunConfig
+from heatkv_cli.console import Console, size_text
+from heatkv_cli.errors import SetupError
+from heatkv_cli.models.weights import WeightFile, asset, damage, hub_cache, lacking, places
+
+PRESENT, MISSING, CORRUPT = "present", "missing", "corrupt"
+INSTALL = "pip install 'heatkv[hub]'"
+
+
+def inventory(runs: Sequence[RunConfig], ui: Console, deep: bool = False) -> dict[str, Any]:
+    """Look for the files of one model or several, print a table, return the records.
+
+    Args:
+        runs: one run a model.
+        ui: where the table goes.
+        deep: compare digests as well, which reads everything.
+
+    Returns:
+        `files`: a record each; `complete`: whether nothing is missing or corrupt.
+    """
+    records = [record(run, file, deep) for run in runs for file in run.model.weights.files]
+    columns = ("model", "file", "size", "licence", "from", "state")
+    ui.table(columns, [
+        [r["model"], r["name"], "-" if r["bytes"] is None else size_text(r["bytes"]), r["licence"] or "-", r["from"],
+         f"{r['state']}: {r['problem']}" if r["problem"] else r["state"]]
+        for r in records
+    ])  # fmt: skip
+    return {"files": records, "complete": all(r["state"] == PRESENT for r in records)}
+
+
+def record(run: RunConfig, file: WeightFile, deep: bool) -> dict[str, Any]:
+    """Everything that is known of one file, and whether it is there."""
+    model = run.model
+    package = model.weights.place == "package"
+    where = [asset(file.name)] if package else list(places(model.name, file, run.weights))
+    there = sorted((path for path in where if path.exists()), key=lambda path: bool(lacking(file, path)))
+    path = there[0] if there else None
+    problem = "" if path is None else damage(file, path, deep and model.weights.verify)
+    return {
+        "model": model.name,
+        "role": file.role,
+        "name": file.name,
+        "state": MISSING if path is None or lacking(file, path) else CORRUPT if problem else PRESENT,
+        "problem": problem,
+        "path": None if path is None else str(path),
+        "looked_at": [str(place) for place in where],
+        "bytes": file.bytes if path is None else _bytes_of(file, path),
+        "sha256": file.sha256,
+        "licence": file.licence,
+        "from": file.origin,
+        "urls": list(file.urls),
+    }
+
+
+def _bytes_of(file: WeightFile, path: Path) -> int:
+    parts = [path / part for part in file.parts if (path / part).exists()] if path.is_dir() else [path]
+    return sum(part.stat().st_size for part in parts)
+
+
+# ------------------------------------------------------------------------------------------------------- downloading
+
+
+def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, Any]:
+    """Fetch the files that a model's YAML names and that are not there, into `run.weights` or the hub's cache.
+
+    A download that was cut goes on where it stopped (huggingface_hub keeps what it has).
+
+    Returns:
+        `files`: path in the repository, where it goes, bytes; `bytes`: their sum; `revisions`: repository -> commit.
+
+    Raises:
+        SetupError: huggingface_hub is not installed, the hub cannot be reached, or the disk is too small; names the
+            addresses for fetching by hand.
+    """
+    model, target = run.model.name, run.weights or hub_cache()
+    states = {file.name: record(run, file, deep=False)["state"] for file in run.model.weights.files}
+    wanted = [file for file in run.model.weights.files if file.hub and states[file.name] != PRESENT]
+    if not wanted:
+        ui.say(f"model {model}: nothing to fetch, all files are there")
+        return {"model": model, "files": [], "bytes": 0, "revisions": {}}
+    commits, sizes = ({}, {}) if dry_run else _ask(model, wanted, target)
+    plan = [
+        {"repository": file.repository, "path": path, "bytes": sizes.get((file.repository, path))}
+        for file in wanted
+        for path in file.hub_files
+    ]
+    total = sum(file.bytes or 0 for file in wanted) if dry_run else sum(size or 0 for size in sizes.values())
+    ui.table(("file", "licence", "from"), [[file.name, file.licence, url] for file in wanted for url in file.urls])
+    ui.say(f"model {model}: {size_text(total)} to {target}")
+    if not dry_run:
+        _check_disk(total, target)
+        for file in wanted:
+            _fetch(model, file, run.weights, target, again=states[file.name] == CORRUPT)
+    return {"model": model, "files": plan, "bytes": total, "revisions": commits, "target": str(target)}
+
+
+def hub() -> Any:
+    """The package huggingface_hub: the one place where it is met.
+
+    Raises:
+        SetupError: it is not installed.
+    """
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise SetupError("heatkv download needs the package huggingface_hub, which is not installed", INSTALL)
+    return importlib.import_module("huggingface_hub")
+
+
+def _ask(
+    model: str, wanted: Sequence[WeightFile], target: Path
+) -> tuple[dict[str, str], dict[tuple[str, str], int | None]]:
+    """Ask the hub for the commit of each repository and the size of each file: the exact total, before anything."""
+    commits: dict[str, str] = {}
+    sizes: dict[tuple[str, str], int | None] = {}
+    for file in wanted:
+        try:
+            info = hub().HfApi().model_info(file.repository, revision=file.revision, files_metadata=True)
+        except _failures() as error:
+            raise _unreachable(model, wanted, target, error) from error
+        commits[file.repository] = info.sha
+        known = {sibling.rfilename: sibling.size for sibling in info.siblings}
+        gone = [path for path in file.hub_files if path not in known]
+        if gone:
+            raise SetupError(
+                f"model {model}: huggingface.co/{file.repository} @ {info.sha[:12]} has no {gone[0]}",
+                "look at the repository's page; the files and a revision are named in conf/model",
+            )
+        sizes |= {(file.repository, path): known[path] for path in file.hub_files}
+    return commits, sizes
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the hub raises when it cannot be reached or refuses: its HTTP library's errors are not all OSErrors."""
+    http = getattr(importlib.import_module("huggingface_hub.errors"), "HTTPError", OSError)
+    return (OSError, http)
+
+
+def _fetch(model: str, file: WeightFile, folder: Path | None, target: Path, again: bool) -> None:
+    """Fetch one file or folder and look at what came; `again`: what is there is damaged."""
+    where: dict[str, Any] = {"cache_dir": target}
+    if folder is not None:
+        where = {"local_dir": folder if file.inside else folder / file.name}
+    paths = []
+    for path in file.hub_files:
+        try:
+            paths.append(
+                hub().hf_hub_download(
+                    file.repository, path, revision=file.revision or "main", force_download=again, **where
+                )
+            )
+        except _failures() as error:
+            raise _unreachable(model, [file], target, error) from error
+    got = Path(paths[0]).parent if file.parts else Path(paths[0])
+    if wrong := damage(file, got, deep=True):
+        raise SetupError(f"model {model}: {got} came damaged: {wrong}", f"delete it, then: heatkv download {model}")
+
+
+def _check_disk(total: int, target: Path) -> None:
+    folder = target.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < total:
+        raise SetupError(
+            f"{size_text(total)} do not fit on the disk of {target}: {size_text(free)} are free",
+            "name another folder with --weights DIR",
+        )
+
+
+def _unreachable(model: str, files: Sequence[WeightFile], target: Path, error: Exception) -> SetupError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [f"  {url}" for url in _by_hand(files)]
+    return SetupError(
+        f"model {model}: cannot fetch from the hub: {reason}",
+        "\n".join((
+            "connect (and unset HF_HUB_OFFLINE), or fetch by hand into a folder named by --weights DIR or "
+            "HEATKV_WEIGHTS_DIR:",
+            *lines,
+        )),
+    )  # fmt: skip
+
+
+def _by_hand(files: Sequence[WeightFile]) -> Iterator[str]:
+    for file in files:
+        for part, url in zip(file.parts or ("",), file.urls, strict=True):
+            yield f"{url} -> {file.name}{'/' + part if part else ''}"
