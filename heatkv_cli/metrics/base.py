@@ -11,8 +11,8 @@ The evaluation stage loads images, hands out samples and writes values; metrics 
 nor methods. ``needs`` names the generation pass whose images a metric wants. A metric whose weights or packages are
 missing raises ``SetupError`` when it is first used; the stage turns that into a row with ``status=skipped``.
 
-What a metric may have besides: ``score_batch`` and ``batch_size``; ``weights_sha256`` and ``settings`` (what else decides
-the number), for the rows; ``device``, which the run's fills in; ``self_check``, '' or what is wrong, for ``doctor``.
+What a metric may have besides: ``score_batch`` and ``batch_size``; ``weights_sha256`` and ``settings`` (what else
+decides the number), for the rows; ``device``, taken from the run; ``self_check``, '' or what is wrong, for ``doctor``.
 """
 
 from __future__ import annotations

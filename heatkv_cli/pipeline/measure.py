@@ -123,6 +123,8 @@ def measure(
             for side in target:
                 _enough(metric, side.n, "reference images")
             return _complete(_attempt(lambda: metric.compute(statistics, *target)), [], errors, digest)
+        if not items:
+            raise _MetricError("skipped", SetupError("0 images", "make some, or ask for another shard"))
         identity = {k: v for k, v in config.params.items() if k not in _NOT_IN_SCORES}
         identity = {"target": config.target, "params": identity, "version": metric.version, "weights": digest}
         place = folder / "scores" / f"{metric.name}-{config_hash(identity)[:8]}"

@@ -223,8 +223,9 @@ def test_what_is_missing_skips_one_metric_with_a_row_that_says_so(
     (row,) = metric_rows(few, run(few, items(3), tmp_path, ui))
     assert row["status"] == "skipped" and "3 images, at least 2048 are needed" in row["reason"]
     assert few.extractor.calls == 0, "nothing is extracted for a metric that will be skipped"
-    none = run(CornerDistance(), [], tmp_path, ui)
-    assert none.status == "skipped" and none.reason.startswith("0 images")
+    for metric in (CornerDistance(), Brightness()):
+        none = run(metric, [], tmp_path, ui)
+        assert none.status == "skipped" and none.reason.startswith("0 images")
 
 
 def test_a_reference_that_cannot_be_used_fails_its_metric_alone(tmp_path: Path, ui: Console) -> None:
