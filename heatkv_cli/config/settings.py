@@ -39,6 +39,8 @@ class RunConfig:
         orders: removal orders in the upstream file format, for `build-schedule`.
         contact_sheet: columns of the picture `eval` ends with; 0 for none.
         repeats, warmup: measured and unmeasured passes of `bench`.
+        noise_floor: `eval` also compares the reference with itself, with the dense attention back end or one prompt
+            at a time; None leaves that out.
     """
 
     model: ModelConfig
@@ -64,6 +66,7 @@ class RunConfig:
     contact_sheet: int
     repeats: int
     warmup: int
+    noise_floor: Literal["attention", "batch"] | None = None
 
     @property
     def budget_label(self) -> str:
