@@ -1,0 +1,132 @@
+"""Weights of metrics on disk: one rule for finding them, one way of reading them. Nothing is ever downloaded here.
+
+Where a file is looked for: what the metric's ``weights`` option names, then the folder ``HEATKV_WEIGHTS_DIR``, then the
+hub's cache (which honours ``HF_HOME``).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from heatkv_cli.errors import ArtifactError, SetupError
+from heatkv_cli.results import sha256_file
+
+FOLDER = "HEATKV_WEIGHTS_DIR"
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A file that a metric needs.
+
+    Attributes:
+        name: its name on disk.
+        source: where it can be had, in words.
+        repository, remote: hub repository and the file's path in it; '' where the hub has none.
+        licence: of the file.
+    """
+
+    name: str
+    source: str
+    repository: str = ""
+    remote: str = ""
+    licence: str = ""
+
+
+def find_weights(file: WeightsFile, given: str | None = None) -> Path:
+    """Path of a file that a metric needs.
+
+    Args:
+        file: which.
+        given: a path from the configuration; nothing else is tried then.
+
+    Raises:
+        SetupError: the file is nowhere; message and hint name it, the places and its source.
+    """
+    if given:
+        path = Path(given).expanduser()
+        if path.is_file():
+            return path
+        raise SetupError(f"weights missing: {path} does not exist", f"{file.name} comes from {file.source}")
+    folder = os.environ.get(FOLDER)
+    if folder and (Path(folder) / file.name).is_file():
+        return Path(folder) / file.name
+    cached = _in_hub_cache(file)
+    if cached is not None:
+        return cached
+    raise SetupError(
+        f"weights missing: {file.name} is not in {FOLDER} ({folder or 'not set'}) nor in the hub's cache",
+        f"get it from {file.source} and put it into the folder that {FOLDER} names",
+    )
+
+
+def _in_hub_cache(file: WeightsFile) -> Path | None:
+    if not file.repository:
+        return None
+    try:
+        from huggingface_hub import try_to_load_from_cache  # comes with open_clip and transformers
+    except ImportError:
+        return None
+    found = try_to_load_from_cache(file.repository, file.remote or file.name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def weights_sha256(path: Path) -> str:
+    """Digest of a weights file; each version of a file is read once."""
+    found = path.stat()
+    return _digest(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256_file(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint file holds, tensors on the CPU; no code from the file is run.
+
+    Raises:
+        ArtifactError: the file is neither safetensors nor a plain torch checkpoint.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files in torch's format before 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        raise ArtifactError(f"{path} is not a readable checkpoint: {reason}", "fetch it again") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} holds a {type(content).__name__}, not a state dict", "fetch it again")
+    return content
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Fill ``module`` with ``state``, every parameter from one key and every key into one parameter.
+
+    Raises:
+        ArtifactError: keys are missing or left over, or shapes differ.
+    """
+    own = module.state_dict()
+    wrong = [f"missing {key}" for key in own if key not in state]
+    wrong += [f"unknown {key}" for key in state if key not in own]
+    wrong += [
+        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise ArtifactError(f"{path} does not fit the network: {shown}", "is it the file that the metric names?")
+    module.load_state_dict(dict(state))
