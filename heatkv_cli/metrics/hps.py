@@ -18,12 +18,11 @@ from torch import Tensor
 
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value
+from heatkv_cli.metrics.clip_input import CLIP_MEAN, CLIP_STD
 from heatkv_cli.metrics.official import OfficialScorer
 from heatkv_cli.metrics.summary import Bootstrap, by_stratum, mean_value
 from heatkv_cli.metrics.weights import WeightsFile, find_weights, load_exactly, read_checkpoint, weights_sha256
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 STYLES = ("anime", "concept-art", "paintings", "photo")
 """Styles of the HPDv2 benchmark, 800 prompts each."""
 GROUP = 80

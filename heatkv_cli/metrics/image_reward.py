@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from PIL import Image as Pixels
-from torch import Tensor
 
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value
 from heatkv_cli.metrics.blip import RewardNet, Sizes
-from heatkv_cli.metrics.hps import CLIP_MEAN, CLIP_STD, Scorer, image_of
+from heatkv_cli.metrics.clip_input import cropped
+from heatkv_cli.metrics.hps import Scorer, image_of
 from heatkv_cli.metrics.official import OfficialScorer
 from heatkv_cli.metrics.summary import Bootstrap, mean_value
 from heatkv_cli.metrics.weights import WeightsFile, find_weights, load_exactly, read_checkpoint, weights_sha256
@@ -43,25 +42,6 @@ GOLDEN = (0.58, 0.27, -1.41, -2.03)
 """Rewards of ``assets/images/1.webp`` to ``4.webp`` of the ImageReward repository for ``GOLDEN_PROMPT``."""
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 """Keys of the checkpoint that no reward depends on: projections of BLIP's pre-training, and 0, 1, 2, ..."""
-
-
-def preprocess(image: Image, size: int = 224) -> Tensor:
-    """The network's input.
-
-    Rule: Pillow's bicubic resize of the short side to ``size``, centre crop, to [0, 1], CLIP's mean and deviation.
-
-    Args:
-        image: (H, W, 3), 8 bit.
-        size: side of the result.
-
-    Returns:
-        (3, size, size) float32.
-    """
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
-
-    picture = F.resize(Pixels.fromarray(image), [size], InterpolationMode.BICUBIC)
-    return F.normalize(F.to_tensor(F.center_crop(picture, [size, size])), CLIP_MEAN, CLIP_STD)
 
 
 def tokenizer_of(vocabulary: Path) -> Any:
@@ -118,7 +98,7 @@ class NativeScorer:
         encoded = self._tokenizer.encode_batch(list(prompts))
         tokens = torch.tensor([e.ids for e in encoded], device=self._device)
         mask = torch.tensor([e.attention_mask for e in encoded], device=self._device, dtype=torch.bool)
-        pixels = torch.stack([preprocess(image, self._size) for image in images]).to(self._device)
+        pixels = torch.stack([cropped(image, self._size) for image in images]).to(self._device)
         return [float(reward) for reward in self._net(pixels, tokens, mask).cpu()]
 
 

@@ -21,6 +21,7 @@ import heatkv_cli.metrics.image_reward as reward
 from heatkv_cli.errors import ArtifactError
 from heatkv_cli.metrics.base import Sample
 from heatkv_cli.metrics.blip import Sizes
+from heatkv_cli.metrics.clip_input import cropped
 from heatkv_cli.metrics.official import OfficialScorer
 
 DATA = json.loads((Path(__file__).parent / "data" / "official_scores.json").read_text())
@@ -93,7 +94,7 @@ def test_image_reward_tokens(folder: Path) -> None:
 
 def test_image_reward_pixels() -> None:
     for picture, numbers in zip(PICTURES, DATA["image_reward"]["pixels"], strict=True):
-        np.testing.assert_allclose(reward.preprocess(picture).flatten()[::997], numbers, atol=1e-6)
+        np.testing.assert_allclose(cropped(picture).flatten()[::997], numbers, atol=1e-6)
 
 
 @pytest.mark.parametrize("antialias", [True, False])
