@@ -25,15 +25,18 @@ from heatkv_cli.metrics.decisions import Box
 from heatkv_cli.metrics.mmdet import to_transformers
 from heatkv_cli.metrics.weights import WeightsFile, load_exactly, read_checkpoint
 
-NAMES = tuple(
-    "person;bicycle;car;motorcycle;airplane;bus;train;truck;boat;traffic light;fire hydrant;stop sign;parking meter;"
-    "bench;bird;cat;dog;horse;sheep;cow;elephant;bear;zebra;giraffe;backpack;umbrella;handbag;tie;suitcase;frisbee;"
-    "skis;snowboard;sports ball;kite;baseball bat;baseball glove;skateboard;surfboard;tennis racket;bottle;wine glass;"
-    "cup;fork;knife;spoon;bowl;banana;apple;sandwich;orange;broccoli;carrot;hot dog;pizza;donut;cake;chair;couch;"
-    "potted plant;bed;dining table;toilet;tv;laptop;computer mouse;tv remote;computer keyboard;cell phone;microwave;"
-    "oven;toaster;sink;refrigerator;book;clock;vase;scissors;teddy bear;hair drier;toothbrush".split(";")
-)
-"""COCO's 80 things in COCO's order under GenEval's names; detectors are mapped by index, since they name some otherwise."""
+NAMES: tuple[str, ...] = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
+    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
+    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
+    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
+    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
+    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock",
+    "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+"""COCO's 80 things in COCO's order under GenEval's names; detectors, which name some otherwise, are mapped by index."""
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SHORT, LONG, MULTIPLE = 800, 1333, 32
 MAX_INSTANCES = 100
@@ -52,7 +55,7 @@ DETECTORS = {
         "MIT",
     ),
 }
-"""``mmdet-swin-s`` is GenEval's own; ``meta-swin-s`` is another training run of the same network: not GenEval's numbers."""
+"""``mmdet-swin-s`` is GenEval's own; ``meta-swin-s`` is another training run of the same network: other numbers."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,9 @@ class Detector:
         state = {_today(key): value for key, value in state.items()}
         # The loss's class weights and a norm behind the last stage take no part in detection; mmdet has neither.
         own = net.state_dict()
-        idle = [key for key in own if key.startswith(("criterion.", "model.pixel_level_module.encoder.swin.layernorm."))]
+        idle = [
+            key for key in own if key.startswith(("criterion.", "model.pixel_level_module.encoder.swin.layernorm."))
+        ]
         state = {key: value for key, value in state.items() if key in own or not _DERIVED.fullmatch(key)}
         load_exactly(net, {**{key: own[key] for key in idle}, **state}, path)
         self._net, self._device = net.float().to(device).eval(), device
@@ -201,7 +206,10 @@ class Detector:
 _DERIVED = re.compile(r".*\.relative_position_index")
 _RENAMED = (
     (r"(model\.pixel_level_module\.encoder\.)(embeddings|encoder|layernorm)\.", r"\1swin.\2."),
-    (r"\.attention\.self\.relative_position_bias_table", ".attention.relative_position_bias.relative_position_bias_table"),
+    (
+        r"\.attention\.self\.relative_position_bias_table",
+        ".attention.relative_position_bias.relative_position_bias_table",
+    ),
     (r"\.attention\.self\.(q|k|v)(?:uery|ey|alue)\.", r".attention.\1_proj."),
     (r"\.attention\.output\.dense\.", ".attention.o_proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),

@@ -101,7 +101,10 @@ def sine(h: int, w: int, feats: int) -> Tensor:
     y = torch.arange(1.0, h + 1) / (h + 1e-6) * 2 * math.pi
     x = torch.arange(1.0, w + 1) / (w + 1e-6) * 2 * math.pi
     scale = 10000 ** (2 * (torch.arange(feats) // 2) / feats)
-    waves = [torch.stack(((p / scale)[:, 0::2].sin(), (p / scale)[:, 1::2].cos()), 2).flatten(1) for p in (y[:, None], x[:, None])]
+    waves = [
+        torch.stack(((p / scale)[:, 0::2].sin(), (p / scale)[:, 1::2].cos()), 2).flatten(1)
+        for p in (y[:, None], x[:, None])
+    ]
     return torch.cat((waves[0].T[:, :, None].expand(-1, h, w), waves[1].T[:, None].expand(-1, h, w)))
 
 
@@ -243,7 +246,8 @@ class Mask2Former(nn.Module):
 CONFIG = {
     "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 48, "encoder_layers": 2,
     "decoder_layers": 5, "num_attention_heads": 4, "dim_feedforward": 64, "num_queries": 7,
-    "backbone_config": {"image_size": 64, "embed_dim": 8, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 2, 4], "window_size": 3},
+    "backbone_config": {"image_size": 64, "embed_dim": 8, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 2, 4],
+                        "window_size": 3},
 }  # fmt: skip
 """The same sizes in transformers' words; it counts the decoder's input as a layer."""
 

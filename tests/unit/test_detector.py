@@ -14,7 +14,7 @@ from heatkv_cli.metrics.detector import NAMES, Detector, instances, prepare, res
 from heatkv_cli.metrics.mmdet import to_transformers
 
 pytest.importorskip("transformers", reason="transformers (extra geneval) is not installed")
-import mmdet_literal as literal  # noqa: E402
+import mmdet_literal as literal
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_converted_weights_give_what_mmdets_network_gives(checkpoint: Path, size
 def test_every_key_is_consumed_and_none_is_invented(checkpoint: Path, tmp_path: Path) -> None:
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert len(to_transformers(state, checkpoint)) > 100
-    with pytest.raises(ArtifactError, match="key panoptic_head.mystery is none of mmdet's"):
+    with pytest.raises(ArtifactError, match=r"key panoptic_head\.mystery is none of mmdet's"):
         to_transformers({**state, "panoptic_head.mystery": torch.zeros(1)}, checkpoint)
     for key in list(state)[::17]:
         if "relative_position_index" in key:
