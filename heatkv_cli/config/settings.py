@@ -243,6 +243,8 @@ class RunConfig:
         calibration, schedule: artifacts to use instead of those `out` holds.
         orders: removal orders in the upstream file format, for `build-schedule`.
         contact_sheet: columns of the picture `eval` ends with; 0 for none.
+        noise_floor: `eval` also compares the reference with itself, with the dense attention back end or one prompt
+            at a time; None leaves that out.
     """
 
     model: ModelConfig
@@ -265,6 +267,7 @@ class RunConfig:
     schedule: Path | None
     orders: Path | None
     contact_sheet: int
+    noise_floor: Literal["attention", "batch"] | None = None
 
     @property
     def budget_label(self) -> str:

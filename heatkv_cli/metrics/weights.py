@@ -1,17 +1,21 @@
 """Weights of metrics on disk: one rule for finding them, one way of reading them. Nothing is ever downloaded here.
 
 Where a file is looked for: what the metric's ``weights`` option names, then the folder ``HEATKV_WEIGHTS_DIR``, then the
-hub's cache (which honours ``HF_HOME``).
+caches of torch hub (which honours ``TORCH_HOME``) and of the Hugging Face hub (``HF_HOME``).
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -60,11 +64,11 @@ def find_weights(file: WeightsFile, given: str | None = None) -> Path:
     folder = os.environ.get(FOLDER)
     if folder and (Path(folder) / file.name).is_file():
         return Path(folder) / file.name
-    cached = _in_hub_cache(file)
-    if cached is not None:
-        return cached
+    for cached in (Path(torch.hub.get_dir()) / "checkpoints" / file.name, _in_hub_cache(file)):
+        if cached is not None and cached.is_file():
+            return cached
     raise SetupError(
-        f"weights missing: {file.name} is not in {FOLDER} ({folder or 'not set'}) nor in the hub's cache",
+        f"weights missing: {file.name} is not in {FOLDER} ({folder or 'not set'}) nor in a hub's cache",
         f"get it from {file.source} and put it into the folder that {FOLDER} names",
     )
 
@@ -92,14 +96,16 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint file holds, tensors on the CPU; no code from the file is run.
+    """What a checkpoint file holds, tensors on the CPU; no pickled code from the file is run.
 
     Raises:
-        ArtifactError: the file is neither safetensors nor a plain torch checkpoint.
+        ArtifactError: the file is neither safetensors nor a plain torch checkpoint nor a TorchScript archive.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if _is_torchscript(path):
+            return dict(torch.jit.load(path, map_location="cpu").state_dict())
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files in torch's format before 1.6 cannot be mapped
@@ -110,6 +116,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}, not a state dict", "fetch it again")
     return content
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether this is how OpenAI published CLIP: a zip with constants beside the data."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -130,3 +144,15 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
         shown = "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise ArtifactError(f"{path} does not fit the network: {shown}", "is it the file that the metric names?")
     module.load_state_dict(dict(state))
+
+
+def package(module: str, extra: str) -> ModuleType:
+    """Import a module of a package that an extra brings.
+
+    Raises:
+        SetupError: the package is not installed.
+    """
+    top = module.partition(".")[0]
+    if importlib.util.find_spec(top) is None:
+        raise SetupError(f"package {top} is not installed", f"pip install 'heatkv[{extra}]'")
+    return importlib.import_module(module)
