@@ -159,7 +159,7 @@ class TextEncoder(nn.Module):
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.embeddings["word_embeddings"](tokens) + self.embeddings["position_embeddings"](places)
         x = self.embeddings["LayerNorm"](x)
-        for layer in self.encoder["layer"]:  # type: ignore[union-attr]
+        for layer in self.encoder["layer"]:  # type: ignore[union-attr, attr-defined]
             x = layer(x, mask[:, None, None], image)
         return x
 

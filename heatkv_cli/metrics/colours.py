@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heatkv_cli.errors import ArtifactError, SetupError
+from heatkv_cli.errors import ArtifactError
 from heatkv_cli.metrics.base import Image
 from heatkv_cli.metrics.clip_input import cropped
 from heatkv_cli.metrics.detector import Instance
-from heatkv_cli.metrics.weights import WeightsFile, load_exactly, read_checkpoint
+from heatkv_cli.metrics.weights import WeightsFile, load_exactly, package, read_checkpoint
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 GROUND = 0x99
 """Grey level that hides what is not the object."""
 BATCH = 16
+_NUMBERS = frozenset({"input_resolution", "context_length", "vocab_size"})
+"""Entries of OpenAI's archives that are no weights."""
 CHECKPOINT = WeightsFile(
     "ViT-L-14.pt",
     "openaipublic.azureedge.net (CLIP's ViT-L-14.pt), or huggingface.co/timm/vit_large_patch14_clip_224.openai "
@@ -61,15 +62,14 @@ class ColourNamer:
     """
 
     def __init__(self, path: Path, arch: str = "ViT-L-14-quickgelu", device: str = "cpu") -> None:
-        try:
-            import open_clip
-            from open_clip.transformer import QuickGELU
-        except ImportError as error:
-            raise SetupError("package open_clip_torch is not installed", "pip install 'heatkv[geneval]'") from error
+        open_clip = package("open_clip", "geneval")
+        quick_gelu = package("open_clip.transformer", "geneval").QuickGELU
         model: Any = open_clip.create_model(arch, pretrained=None, precision="fp32")
-        if not any(isinstance(module, QuickGELU) for module in model.modules()):
+        if not any(isinstance(module, quick_gelu) for module in model.modules()):
             raise ArtifactError(f"architecture {arch} has no QuickGELU, which OpenAI's weights need", "add -quickgelu")
-        load_exactly(model, _state(path), path)
+        content = read_checkpoint(path)
+        state = {k: v for k, v in content.get("state_dict", content).items() if k not in _NUMBERS}
+        load_exactly(model, state, path)
         self._model, self._tokenize = model.to(device).eval(), open_clip.get_tokenizer(arch)
         self._size, self._device = int(model.visual.image_size[0]), device
         self._classifiers: dict[str, Tensor] = {}
@@ -91,14 +91,3 @@ class ColourNamer:
         mean = self._model.encode_text(self._tokenize(texts).to(self._device), normalize=True).mean(0)
         direction: Tensor = mean / mean.norm()
         return direction
-
-
-def _state(path: Path) -> dict[str, Tensor]:
-    """State dict of OpenAI's TorchScript archive, or of a plain checkpoint."""
-    if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-        state = dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-        for number in ("input_resolution", "context_length", "vocab_size"):
-            state.pop(number, None)
-        return state
-    content = read_checkpoint(path)
-    return dict(content.get("state_dict", content))

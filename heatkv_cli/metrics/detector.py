@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from heatkv_cli.errors import ArtifactError, SetupError
+from heatkv_cli.errors import ArtifactError
 from heatkv_cli.metrics.base import Image
 from heatkv_cli.metrics.decisions import Box
 from heatkv_cli.metrics.mmdet import to_transformers
-from heatkv_cli.metrics.weights import WeightsFile, load_exactly, read_checkpoint
+from heatkv_cli.metrics.weights import WeightsFile, load_exactly, package, read_checkpoint
 
 NAMES: tuple[str, ...] = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -160,16 +160,13 @@ class Detector:
     """
 
     def __init__(self, path: Path, device: str = "cpu", config: dict[str, Any] | None = None) -> None:
-        try:
-            from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-        except ImportError as error:
-            raise SetupError("package transformers is not installed", "pip install 'heatkv[geneval]'") from error
+        transformers: Any = package("transformers", "geneval")
         sizes = dict(config or {})
         swin = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
-        swin |= sizes.pop("backbone_config", {})
-        backbone = SwinConfig(**swin, out_features=[f"stage{i}" for i in (1, 2, 3, 4)])
-        net = Mask2FormerForUniversalSegmentation(
-            Mask2FormerConfig(backbone_config=backbone, num_labels=len(NAMES), **sizes)
+        swin |= dict(sizes.pop("backbone_config", {}))
+        backbone = transformers.SwinConfig(**swin, out_features=[f"stage{i}" for i in (1, 2, 3, 4)])
+        net = transformers.Mask2FormerForUniversalSegmentation(
+            transformers.Mask2FormerConfig(backbone_config=backbone, num_labels=len(NAMES), **sizes)
         )
         content = read_checkpoint(path)
         state = content.get("state_dict", content)
@@ -200,7 +197,7 @@ class Detector:
         classes, masks = output.class_queries_logits[0].float(), output.masks_queries_logits[0].float()
         if not (classes.isfinite().all() and masks.isfinite().all()):
             raise ArtifactError("the detector gives numbers that are not finite", "are its weights whole?")
-        return instances(classes, masks, tuple(pixels.shape[2:]), looked, (height, width), min_score)
+        return instances(classes, masks, (pixels.shape[2], pixels.shape[3]), looked, (height, width), min_score)
 
 
 _DERIVED = re.compile(r".*\.relative_position_index")

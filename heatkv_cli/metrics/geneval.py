@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from PIL import Image as Pixels
 
-from heatkv_cli.errors import ArtifactError, ConfigError
-from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value
+from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
+from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, image_of
 from heatkv_cli.metrics.colours import CHECKPOINT, ColourNamer
 from heatkv_cli.metrics.decisions import TASKS, Detection, Rules, decide
 from heatkv_cli.metrics.detector import DETECTORS, NAMES, Detector, Instance
@@ -119,10 +119,20 @@ class GenEval:
         found = find_weights(DETECTORS[self.detector], self.detector_weights)
         return found, find_weights(CHECKPOINT, self.clip_weights)
 
-    @property
+    @cached_property
     def weights_sha256(self) -> str:
-        """One digest for both files; raises as ``weights``."""
-        lines = [weights_sha256(path) for path in self.weights]
+        """One digest for both files; where they are missing, that of the detections which are there already.
+
+        Raises:
+            SetupError: files are missing, and there are no detections of one origin.
+        """
+        try:
+            lines = [weights_sha256(path) for path in self.weights]
+        except SetupError:
+            origins = {record["weights_sha256"] for record in self._known.values()}
+            if len(origins) != 1:
+                raise
+            return str(origins.pop())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def writing_to(self, path: Path) -> GenEval:
@@ -192,18 +202,20 @@ class GenEval:
     def _record(self, sample: Sample) -> dict[str, Any]:
         """What is in the picture: as written down, or as the networks see it."""
         metadata = {key: sample.meta[key] for key in ("tag", "include", "exclude") if key in sample.meta}
-        expected = {"detector": self.detector, "clip": self.clip_arch, "metadata": json.loads(json.dumps(metadata))}
+        expected = {"weights_sha256": self.weights_sha256, "metadata": json.loads(json.dumps(metadata))}
         if sample.image is not None:
             expected["image_sha256"] = hashlib.sha256(np.ascontiguousarray(sample.image).tobytes()).hexdigest()
         known = self._known.get((sample.prompt_id, sample.index))
         if known is not None and all(known.get(key) == value for key, value in expected.items()):
             return known
-        if sample.image is None:
-            raise ArtifactError(
-                f"metric geneval: prompt {sample.prompt_id} has no image", "run 'heatkv generate' first"
-            )
-        record = {"prompt_id": sample.prompt_id, "index": sample.index, "size": list(sample.image.shape[:2])}
-        record |= expected | {"objects": self._look(sample.image, metadata)}
+        image = image_of(self.name, sample)
+        record = {"prompt_id": sample.prompt_id, "index": sample.index, "size": list(image.shape[:2])}
+        record |= {
+            "detector": self.detector,
+            "clip": self.clip_arch,
+            **expected,
+            "objects": self._look(image, metadata),
+        }
         if self.detections:
             path = Path(self.detections)
             path.parent.mkdir(parents=True, exist_ok=True)

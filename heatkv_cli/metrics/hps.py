@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
-from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value
+from heatkv_cli.errors import ArtifactError, ConfigError
+from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, image_of
 from heatkv_cli.metrics.clip_input import CLIP_MEAN, CLIP_STD
 from heatkv_cli.metrics.official import OfficialScorer
 from heatkv_cli.metrics.summary import Bootstrap, by_stratum, mean_value
-from heatkv_cli.metrics.weights import WeightsFile, find_weights, load_exactly, read_checkpoint, weights_sha256
+from heatkv_cli.metrics.weights import WeightsFile, find_weights, load_exactly, package, read_checkpoint, weights_sha256
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 """Styles of the HPDv2 benchmark, 800 prompts each."""
@@ -98,10 +98,7 @@ class NativeScorer:
     """
 
     def __init__(self, path: Path, arch: str, device: str, antialias: bool, amp: bool) -> None:
-        try:
-            import open_clip
-        except ImportError as error:
-            raise SetupError("package open_clip_torch is not installed", "pip install 'heatkv[hpsv2]'") from error
+        open_clip = package("open_clip", "hpsv2")
         state = read_checkpoint(path)
         model: Any = open_clip.create_model(arch, pretrained=None, force_quick_gelu=False, output_dict=True)
         load_exactly(model, state.get("state_dict", state), path)
@@ -138,6 +135,7 @@ class HPS:
         python: the Python that has hpsv2, for the official back end.
         timeout: seconds the official back end may take to start, and for each picture.
         arch: open_clip's name of the architecture.
+        batch_size: pictures per pass through the network.
         device: where the network runs.
         resamples, confidence, seed: of the bootstrap over prompts.
 
@@ -153,6 +151,7 @@ class HPS:
     python: str | None = None
     timeout: float = 600.0
     arch: str = "ViT-H-14"
+    batch_size: int = 16
     device: str = "cpu"
     resamples: int = 10_000
     confidence: float = 0.95
@@ -244,14 +243,3 @@ class HPS:
         if abs(found - GOLDEN) < 0.002:
             return ""
         return f"the demo picture scores {found:.4f}, published {GOLDEN}"
-
-
-def image_of(metric: str, sample: Sample) -> Image:
-    """Image of a sample.
-
-    Raises:
-        ArtifactError: it has none.
-    """
-    if sample.image is None:
-        raise ArtifactError(f"metric {metric}: prompt {sample.prompt_id} has no image", "run 'heatkv generate' first")
-    return sample.image

@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
-from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value
+from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, image_of
 from heatkv_cli.metrics.blip import RewardNet, Sizes
 from heatkv_cli.metrics.clip_input import cropped
-from heatkv_cli.metrics.hps import Scorer, image_of
+from heatkv_cli.metrics.hps import Scorer
 from heatkv_cli.metrics.official import OfficialScorer
 from heatkv_cli.metrics.summary import Bootstrap, mean_value
-from heatkv_cli.metrics.weights import WeightsFile, find_weights, load_exactly, read_checkpoint, weights_sha256
+from heatkv_cli.metrics.weights import WeightsFile, find_weights, load_exactly, package, read_checkpoint, weights_sha256
 
 MAX_TOKENS = 35
 CHECKPOINT = WeightsFile(
@@ -51,11 +51,7 @@ def tokenizer_of(vocabulary: Path) -> Any:
         SetupError: the package tokenizers is not installed.
         ArtifactError: the file is no BERT vocabulary.
     """
-    try:
-        from tokenizers import BertWordPieceTokenizer
-    except ImportError as error:
-        raise SetupError("package tokenizers is not installed", "pip install 'heatkv[image-reward]'") from error
-    tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
+    tokenizer = package("tokenizers", "image-reward").BertWordPieceTokenizer(str(vocabulary), lowercase=True)
     pad = tokenizer.token_to_id("[PAD]")
     if pad is None or tokenizer.token_to_id("[CLS]") is None:
         raise ArtifactError(f"{vocabulary} is no BERT vocabulary: it has no [PAD] or [CLS]", "fetch it again")
@@ -114,6 +110,7 @@ class ImageReward:
         med_config: the checkpoint's ``med_config.json``, for the official back end.
         python: the Python that has image-reward, for the official back end.
         timeout: seconds the official back end may take to start, and for each picture.
+        batch_size: pictures per pass through the network.
         device: where the network runs.
         sizes: of the network, where it is not the released one (fields of ``blip.Sizes``).
         resamples, confidence, seed: of the bootstrap over prompts.
@@ -127,6 +124,7 @@ class ImageReward:
     med_config: str | None = None
     python: str | None = None
     timeout: float = 600.0
+    batch_size: int = 16
     device: str = "cpu"
     sizes: Mapping[str, int] | None = None
     resamples: int = 10_000
