@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from PIL import Image as Pixels
 
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, image_of
+from heatkv_cli.metrics.clip_input import read_picture
 from heatkv_cli.metrics.colours import CHECKPOINT, ColourNamer
 from heatkv_cli.metrics.decisions import TASKS, Detection, Rules, decide
 from heatkv_cli.metrics.detector import DETECTORS, NAMES, Detector, Instance
@@ -298,7 +298,7 @@ def check(detector: Detector, name_colours: ColourNamer) -> str:
 
     One cat has to be found with more certainty than anything else; and plain red, green and blue have to be named.
     """
-    found = [(NAMES[i.label], i.score) for i in detector(np.asarray(Pixels.open(KNOWN).convert("RGB")), 0.05)]
+    found = [(NAMES[i.label], i.score) for i in detector(read_picture(KNOWN), 0.05)]
     cats = [score for name, score in found if name == "cat" and score > 0.5]
     if len(cats) != 1 or found[0][0] != "cat":
         seen = ", ".join(f"{name} {score:.2f}" for name, score in found[:4]) or "nothing"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from heatkv_cli.errors import ArtifactError, ConfigError
 from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, image_of
-from heatkv_cli.metrics.clip_input import CLIP_MEAN, CLIP_STD
+from heatkv_cli.metrics.clip_input import CLIP_MEAN, CLIP_STD, read_picture
 from heatkv_cli.metrics.official import OfficialScorer
 from heatkv_cli.metrics.summary import Bootstrap, by_stratum, mean_value
 from heatkv_cli.metrics.weights import WeightsFile, find_weights, load_exactly, package, read_checkpoint, weights_sha256
@@ -27,8 +27,10 @@ STYLES = ("anime", "concept-art", "paintings", "photo")
 """Styles of the HPDv2 benchmark, 800 prompts each."""
 GROUP = 80
 """The official tables print means over groups of so many images and the spread of these means."""
+DEMO = WeightsFile("hpsv2-demo_image.jpg", "github.com/tgxs002/HPSv2 (assets/demo_image.jpg)", licence="Apache-2.0")
+DEMO_PROMPT = "A cat with two horns on its head"
 GOLDEN = 0.2876
-"""Cosine of the package's demo picture and "A cat with two horns on its head" with v2.0 (HPSv2 issue 27)."""
+"""Cosine of the demo picture and its prompt with v2.0 (HPSv2 issue 27)."""
 
 CHECKPOINTS = {
     "v2.1": WeightsFile(
@@ -227,19 +229,16 @@ class HPS:
             rows.append(Value(row.variant, row.value, row.stderr, row.low, row.high, row.n, extra))
         return [mean_value("", scores, baseline, bootstrap), *rows]
 
-    def self_check(self, image: Image) -> str:
-        """Score the official demo picture; returns '' where it comes out as published, else what is wrong.
+    def self_check(self) -> str:
+        """Score the official demo picture; returns '' where it comes out as it should, else what is wrong.
 
-        Args:
-            image: ``demo_image.jpg`` of the HPSv2 repository.
+        With v2.0 it has a published cosine; with v2.1 it only has to fit its own words better than others.
 
         Raises:
-            SetupError: weights or packages are missing.
-            ConfigError: the published number is of v2.0.
+            SetupError: picture, weights or packages are missing.
         """
-        if self.release != "v2.0":
-            raise ConfigError("the published number of the demo picture is of v2.0", "check metric hps_v20")
-        found = self._scorer([image], ["A cat with two horns on its head"])[0]
-        if abs(found - GOLDEN) < 0.002:
-            return ""
-        return f"the demo picture scores {found:.4f}, published {GOLDEN}"
+        image = read_picture(find_weights(DEMO))
+        own, other = self._scorer([image] * 2, [DEMO_PROMPT, "a bowl of fruit on a table"])
+        if self.release == "v2.0" and abs(own - GOLDEN) >= 0.002:
+            return f"the demo picture scores {own:.4f}, published {GOLDEN}"
+        return "" if own > other else f"the demo picture fits other words better: {own:.4f} and {other:.4f}"

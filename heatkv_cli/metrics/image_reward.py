@@ -17,7 +17,7 @@ import torch
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, image_of
 from heatkv_cli.metrics.blip import RewardNet, Sizes
-from heatkv_cli.metrics.clip_input import cropped
+from heatkv_cli.metrics.clip_input import cropped, read_picture
 from heatkv_cli.metrics.hps import Scorer
 from heatkv_cli.metrics.official import OfficialScorer
 from heatkv_cli.metrics.summary import Bootstrap, mean_value
@@ -39,7 +39,11 @@ VOCABULARY = WeightsFile(
 )
 GOLDEN_PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"
 GOLDEN = (0.58, 0.27, -1.41, -2.03)
-"""Rewards of ``assets/images/1.webp`` to ``4.webp`` of the ImageReward repository for ``GOLDEN_PROMPT``."""
+"""Rewards of ``EXAMPLES`` for ``GOLDEN_PROMPT``, as the ImageReward repository prints them."""
+EXAMPLES = tuple(
+    WeightsFile(f"image-reward-{i}.webp", f"github.com/zai-org/ImageReward (assets/images/{i}.webp)")
+    for i in range(1, 5)
+)
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 """Keys of the checkpoint that no reward depends on: projections of BLIP's pre-training, and 0, 1, 2, ..."""
 
@@ -206,16 +210,14 @@ class ImageReward:
         bootstrap = Bootstrap(self.resamples, self.confidence, self.seed)
         return [mean_value("", scores, baseline, bootstrap)]
 
-    def self_check(self, images: Sequence[Image]) -> str:
+    def self_check(self) -> str:
         """Score the official example pictures; returns '' where they come out as published, else what is wrong.
 
-        Args:
-            images: ``assets/images/1.webp`` to ``4.webp`` of the ImageReward repository.
-
         Raises:
-            SetupError: weights or packages are missing.
+            SetupError: pictures, weights or packages are missing.
         """
-        found = self._scorer(images, [GOLDEN_PROMPT] * len(GOLDEN))
+        images = [read_picture(find_weights(file)) for file in EXAMPLES]
+        found = self._scorer(images, [GOLDEN_PROMPT] * len(images))
         if all(abs(a - b) < 0.02 for a, b in zip(found, GOLDEN, strict=True)):
             return ""
         return f"the example pictures score {[round(x, 2) for x in found]}, published {list(GOLDEN)}"

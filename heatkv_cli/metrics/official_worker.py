@@ -10,7 +10,6 @@ Imports nothing of heatkv, only the standard library and the package it is asked
 from __future__ import annotations
 
 # mypy: ignore-errors
-
 import base64
 import io
 import json
