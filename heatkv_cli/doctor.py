@@ -19,7 +19,6 @@ from typing import Any
 from heatkv_cli.config import Plan, RunConfig
 from heatkv_cli.console import Console
 from heatkv_cli.errors import HeatKVError
-from heatkv_cli.models.weights import find_file
 from heatkv_cli.pipeline import setup
 from heatkv_cli.results import environment
 
@@ -111,20 +110,15 @@ def _device(run: RunConfig) -> Check:
 
 
 def _weights(run: RunConfig) -> Iterator[Check]:
-    bundled = run.model.weights.place == "package"
     for file in run.model.weights.files:
         what = f"{run.model.name} {file.role}"
-        if not bundled and run.weights is None:
-            yield Check(
-                what, False, "no folder named", f"set weights=DIR or HEATKV_WEIGHTS; it comes from {file.source}"
-            )
-            continue
         try:
-            path = find_file(run.model.name, file.name, None if bundled else run.weights, file.sha256, file.source)
-            checked = "sha256 ok" if file.sha256 else "sha256 unknown"
-            yield Check(what, True, f"{path} ({_size(path.stat().st_size)}, {checked})")
+            path = setup.weight_file(run, file)
         except HeatKVError as error:
             yield Check(what, False, error.message.removeprefix(f"model {run.model.name}: "), error.hint)
+            continue
+        checked = "sha256 ok" if file.sha256 and run.model.weights.verify else "sha256 unknown"
+        yield Check(what, True, f"{path} ({checked})")
 
 
 def _prompts(run: RunConfig) -> Iterator[Check]:
@@ -201,9 +195,8 @@ def kv_bytes(run: RunConfig) -> tuple[int, int]:
 
 def _headline(plan: Plan) -> str:
     first = plan.first
-    where = (
-        f"{first.model.name} at {first.model.resolution}, {first.benchmark.name}, batches of {first.runtime.batch_size}"
-    )
+    model, batch = first.model, first.runtime.batch_size
+    where = f"{model.name} at {model.shape_label}, {first.benchmark.name}, batches of {batch}"
     name = plan.experiment.title or plan.experiment.name if plan.experiment else plan.command
     return f"{name}: {where} ({len(plan.runs)} {'run' if len(plan.runs) == 1 else 'runs'})"
 

@@ -2,7 +2,7 @@
 
 The lowest layer: everything may import this file, it imports nothing of the package. An error says what happened and
 where (`message`) and what to type next (`hint`); the console prints them as `error: ...` and `fix: ...`. Nothing
-outside `cli.py` catches them, except to add the place where they happened.
+outside `cli` catches them, except to add the place where they happened.
 """
 
 from __future__ import annotations

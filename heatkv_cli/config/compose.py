@@ -7,25 +7,15 @@ here first, so that all errors come at once and each says which word was probabl
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, localcontext
-from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from heatkv_cli.config.groups import GROUPS, check_choice, conf_dir, read_yaml
-from heatkv_cli.config.settings import (
-    BenchmarkConfig,
-    Experiment,
-    MethodConfig,
-    MetricConfig,
-    ModelConfig,
-    Plan,
-    RunConfig,
-)
-from heatkv_cli.config.sweep import PATH_KEYS, Axis, load_experiment, merge, parse_overrides, product, quote
-from heatkv_cli.config.typed import from_plain, join, raise_all, show
+from heatkv_cli.config.check import typed_run, untrained
+from heatkv_cli.config.groups import GROUPS, check_choice, choices, conf_dir, read_yaml
+from heatkv_cli.config.settings import Experiment, Plan, RunConfig
+from heatkv_cli.config.sweep import PATH_KEYS, SHORT, Axis, load_experiment, merge, parse_overrides, product, quote
+from heatkv_cli.config.typed import join, raise_all, show
 from heatkv_cli.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -44,12 +34,14 @@ CHOICES = {
 }
 """Keys whose value is the name of a file, and the group it is chosen from."""
 
-_LEAVES = {"method": MethodConfig, "reference": MethodConfig, **dict.fromkeys(_PROMPTS, BenchmarkConfig)}
 _FIXED = (
-    *("_target_", "name", "needs", "budgetless", "paper", "note"),
+    *("_target_", "name", "needs", "budgetless", "paper", "note", "presets", "trained_at"),
     *("default_metrics", *_PROMPTS.values()),
 )
 """Keys below a group that belong to its file: reading them from elsewhere would not be seen, or would be a lie."""
+
+DRAWING = ("calibrate", "generate", "eval")
+"""Commands that make images."""
 
 
 def compose(
@@ -81,20 +73,20 @@ def compose(
     typed = parse_overrides(texts, errors)
     experiment, axes = _experiment(typed, errors)
     typed = [axis for axis in typed if axis.key != "experiment"]
-    if command == "calibrate":  # its benchmark is the list of calibration prompts
-        typed = [axis.renamed("benchmark", "calibration_prompts") for axis in typed]
+    # for calibrate, benchmark is the list of calibration prompts
+    names = SHORT | ({"benchmark": "calibration_prompts"} if command == "calibrate" else {})
     keys = [axis.key for axis in typed]
-    if {"budget", "rho"} <= set(keys):
-        errors.append(ConfigError("budget and rho are both given", "they are two names of one axis: keep one"))
-    if len(set(keys)) < len(keys):
-        errors.append(
-            ConfigError("benchmark and calibration_prompts are both given", "for calibrate they are the same")
-        )
+    errors += [ConfigError(f"{a} and {b} are both given", "they are the same: keep one")
+               for a, b in (*names.items(), ("budget", "rho")) if {a, b} <= set(keys)]  # fmt: skip
+    typed = [axis.renamed(names) for axis in typed]
+    axes = [axis.renamed(SHORT) for axis in axes]
     runs: list[RunConfig] = []
     for assignments in product(merge(axes, typed)):
         run = _compose_run(assignments, errors)
         if run is not None and run not in runs:
             runs.append(run)
+    if command in DRAWING:
+        errors += [refused for run in runs if (refused := untrained(run.model))]
     raise_all(errors)
     if not runs:
         raise ConfigError("there is nothing to run", "an axis of the sweep is empty")
@@ -123,6 +115,7 @@ def _compose_run(assignments: Mapping[str, Any], errors: list[ConfigError]) -> R
     if chosen is None:
         return None
     config = copy.deepcopy(_composed(chosen))
+    _apply_preset(config["model"], assignments.get("model.preset"), errors)
     for key, value in assignments.items():
         if key not in CHOICES and key != "metric" and key.partition(".")[0] not in unknown:
             _assign(config, key, value, errors)
@@ -133,7 +126,7 @@ def _compose_run(assignments: Mapping[str, Any], errors: list[ConfigError]) -> R
         plain["budget"] = None
     elif "budget" in assignments:
         plain["rho"] = None
-    run = _typed_run(plain, errors)
+    run = typed_run(plain, errors)
     return run if len(errors) == before else None
 
 
@@ -208,6 +201,19 @@ def _composed(chosen: tuple[str, ...]) -> dict[str, Any]:
         raise ConfigError(f"cannot compose {conf_dir()}: {error}", "correct the YAML files") from error
 
 
+def _apply_preset(model: dict[str, Any], typed: Any, errors: list[ConfigError]) -> None:
+    """Write the values of the model's preset, the typed one or its own, where single keys can still replace them."""
+    presets = model.get("presets")
+    if not presets:
+        return
+    name = model["preset"] if typed is None else str(typed)
+    if name not in presets:
+        errors.append(ConfigError(f"model={model['name']} has no preset '{name}'", did_you_mean(name, list(presets))))
+        return
+    for section, values in presets[name].items():
+        model[section] |= values
+
+
 def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigError]) -> None:
     """Set one key that exists; append an error with a suggestion where it does not."""
     *path, last = key.split(".")
@@ -224,6 +230,10 @@ def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigErr
             )
             return
         if part not in node:
+            if key in SHORT.values() and depth:
+                have = [name for name in choices("model") if part in read_yaml("model", name)]
+                errors.append(ConfigError(f"{owner[4:]} has no {part}", f"models that have one: {', '.join(have)}"))
+                return
             known = [join(where, name) for name in node if not (depth and name in _FIXED)]
             known += [] if depth else [group for group in GROUPS if group not in known]
             wrong = join(where, part)
@@ -260,139 +270,3 @@ def _plain(node: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
 
     plain = OmegaConf.to_container(node, resolve=resolve)
     return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
-
-
-def _typed_run(plain: dict[str, Any], errors: list[ConfigError]) -> RunConfig | None:
-    """Turn plain values into a RunConfig; numbers, names and budgets are checked here and nowhere else."""
-    values = dict(plain)
-    for key, cls in _LEAVES.items():
-        values[key] = _leaf(cls, values[key])
-    values["metrics"] = [{"name": name} | _leaf(MetricConfig, item) for name, item in values.pop("metric").items()]
-    values["model"] = _renamed(values["model"])
-    values["limit"] = _limit(values["limit"], errors)
-    values["shard"] = _shard(values["shard"], errors)
-    model = from_plain(ModelConfig, values["model"], "model", errors)
-    if model is not None:
-        _check_model(model, errors)
-        values["model"] = model
-    _set_budget(values, model, errors)
-    if model is None:
-        return None
-    run = from_plain(RunConfig, values, "", errors)
-    if run is not None:
-        _check_run(run, errors)
-    return run
-
-
-def _renamed(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {"target" if key == "_target_" else key: value for key, value in content.items()}
-
-
-def _leaf(cls: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Sort the keys of a leaf's YAML: those the dataclass knows, and all others as `params` of its target."""
-    fields = {field.name for field in dataclasses.fields(cls)} - {"params"}
-    content = _renamed(content)
-    known = {key: str(value) if key == "version" else value for key, value in content.items() if key in fields}
-    return {**known, "params": {key: value for key, value in content.items() if key not in fields}}
-
-
-def _limit(value: Any, errors: list[ConfigError]) -> int | None:
-    if value == "all":
-        return None
-    if value is None or (type(value) is int and value > 0):
-        return value
-    errors.append(ConfigError(f"limit is {show(value)}", "limit=64 takes the first 64 prompts, limit=all takes all"))
-    return None
-
-
-def _shard(value: Any, errors: list[ConfigError]) -> tuple[int, int]:
-    index, _, count = str(value).partition("/")
-    if index.isdecimal() and count.isdecimal() and int(index) < int(count):
-        return int(index), int(count)
-    errors.append(ConfigError(f"shard is {show(value)}", "shard=0/4 is the first of four, shard=3/4 the last"))
-    return 0, 1
-
-
-def _set_budget(values: dict[str, Any], model: ModelConfig | None, errors: list[ConfigError]) -> None:
-    """Write the canonical budget text, so that one budget has one hash and one folder however it was typed."""
-    from heatkv_cli.core.budget import Budget
-    from heatkv_cli.core.scales import ScaleSchedule
-
-    budget, rho = values["budget"], values["rho"]
-    try:
-        if rho is not None:
-            values["budget"] = None
-            if model is not None:
-                Budget.from_rho(_number(rho), ScaleSchedule(model.sizes))
-        else:
-            values["budget"] = budget_text(Budget.parse(_number(budget)).ratio)
-    except ConfigError as error:
-        errors.append(error)
-        values["budget"], values["rho"] = "1", None  # said once: the types of the rest are checked all the same
-    if values["method"].get("budgetless") is True:
-        values["budget"], values["rho"] = "1", None
-
-
-def _number(value: Any) -> str | float:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
-
-
-def budget_text(ratio: Fraction) -> str:
-    """Return the one way in which a ratio is written: a decimal where it is finite, else a fraction.
-
-    >>> budget_text(Fraction(1, 10)), budget_text(Fraction(21, 6425)), budget_text(Fraction(1))
-    ('0.1', '21/6425', '1')
-    """
-    rest = ratio.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    if rest != 1:
-        return str(ratio)
-    with localcontext() as context:
-        context.prec = 200
-        text = format(Decimal(ratio.numerator) / Decimal(ratio.denominator), "f")
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def _check_model(model: ModelConfig, errors: list[ConfigError]) -> None:
-    name = f"model={model.name}"
-    if model.resolution not in model.resolutions:
-        hint = did_you_mean(model.resolution, list(model.resolutions))
-        errors.append(ConfigError(f"{name} has no resolution '{model.resolution}'", hint))
-        return
-    count = len(model.sizes)
-    if min(model.num_layers, model.num_heads, model.head_dim, *(side for size in model.sizes for side in size)) < 1:
-        errors.append(ConfigError(f"{name}: dimensions and scales must be positive", "correct the model's YAML"))
-    if not 1 <= model.sink_scales < count:
-        errors.append(
-            ConfigError(f"model.sink_scales is {model.sink_scales}", f"{name} has {count} scales: 1 to {count - 1}")
-        )
-    if any(not 0 <= scale < count for scale in model.layout_scales):
-        hint = f"{name} has the scales 0 to {count - 1}"
-        errors.append(ConfigError(f"model.layout_scales is {list(model.layout_scales)}", hint))
-    for key in ("cfg", "tau"):
-        value = getattr(model.sampling, key)
-        if isinstance(value, tuple) and len(value) != count:
-            message = f"model.sampling.{key} has {len(value)} values"
-            errors.append(
-                ConfigError(message, f"{name} has {count} scales at {model.resolution}: one value, or {count}")
-            )
-
-
-def _check_run(run: RunConfig, errors: list[ConfigError]) -> None:
-    runtime = run.runtime
-    for key, value in (("batch_size", runtime.batch_size), ("threads", runtime.threads)):
-        if value is not None and value < 1:
-            errors.append(ConfigError(f"runtime.{key} is {value}", f"it is at least 1: runtime.{key}=1"))
-    if run.seed_mode == "paper" and runtime.batch_size != 1:
-        errors.append(
-            ConfigError(
-                f"seed_mode=paper draws one image at a time, runtime.batch_size is {runtime.batch_size}",
-                "add runtime.batch_size=1",
-            )
-        )
-    if run.contact_sheet < 0:
-        errors.append(
-            ConfigError(f"contact_sheet is {run.contact_sheet}", "the number of prompts shown; 0 for no sheet")
-        )

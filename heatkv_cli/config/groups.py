@@ -45,7 +45,7 @@ def check_choice(group: str, name: str, key: str = "") -> None:
 
 
 def read_yaml(group: str, name: str) -> dict[str, Any]:
-    """Return the plain content of one file of a group, before composition.
+    """Return the plain content of one file of a group, on top of those its `defaults` name; before composition.
 
     Raises:
         ConfigError: there is no such file, or it is not a mapping.
@@ -60,7 +60,8 @@ def read_yaml(group: str, name: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}", "correct the YAML file") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a mapping", "correct the YAML file")
-    return content
+    bases = [read_yaml(group, base) for base in content.pop("defaults", ()) if base != "_self_"]
+    return {key: value for part in (*bases, content) for key, value in part.items()}
 
 
 def catalogue(group: str) -> list[dict[str, Any]]:

@@ -16,8 +16,11 @@ from heatkv_cli.config.groups import read_yaml
 from heatkv_cli.config.settings import Experiment
 from heatkv_cli.errors import ConfigError, did_you_mean
 
-PATH_KEYS = ("out", "weights", "calibration", "schedule", "orders")
-"""Keys that hold a path; the environment (HEATKV_OUT, HEATKV_WEIGHTS) speaks of these alone, experiments never do."""
+PATH_KEYS = ("out", "weights", "text", "calibration", "schedule", "orders")
+"""Keys that hold a path; the environment (HEATKV_OUT, HEATKV_WEIGHTS_DIR) speaks of these alone, experiments never."""
+
+SHORT = {key: f"model.{key}" for key in ("preset", "resolution", "aspect_ratio", "force_resolution")}
+"""Short names of keys of the model."""
 
 LIST_KEYS = ("metric",)
 """Keys whose comma list is a value, not a sweep."""
@@ -35,13 +38,10 @@ class Axis:
     key: str
     points: tuple[Point, ...]
 
-    def renamed(self, old: str, new: str) -> Axis:
-        """Return this axis under the key `new` if it is about `old`, else unchanged."""
-        if self.key != old:
-            return self
-        return Axis(
-            new, tuple(tuple((new if key == old else key, value) for key, value in point) for point in self.points)
-        )
+    def renamed(self, names: Mapping[str, str]) -> Axis:
+        """Return this axis with its keys under the names that `names` has for them."""
+        points = tuple(tuple((names.get(key, key), value) for key, value in point) for point in self.points)
+        return Axis(names.get(self.key, self.key), points)
 
 
 def quote(value: str) -> str:

@@ -1,8 +1,10 @@
 """Attention over heads that keep different numbers of tokens: never padded, never masked.
 
 Heads of a layer that keep equally many tokens form a group; a group is one `scaled_dot_product_attention` over
-[its history, the current scale]. The masked oracle computes the same from a padded dense tensor; tests hold every back
-end to it (design.md 10, tolerances). Statistics of attention are computed in chunks of queries, never as one matrix.
+[its history, the current scale]. `varlen` hands the same to PyTorch's variable-length kernel in one launch, every
+(row, head) a sequence of its own length; it needs CUDA and half precision. The masked oracle computes it from a padded
+dense tensor; tests hold every back end to it (design.md 10, tolerances). Statistics of attention are computed in
+chunks of queries, never as one matrix.
 """
 
 from __future__ import annotations
@@ -37,29 +39,89 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Iterable[Group], 
     Returns:
         (B, H, N, D) in q's dtype.
     """
-    out: Tensor | None = None
-    for group in groups:
-        part = _group_attention(q, k, v, group, softmax_scale)
-        if len(group.heads) == q.shape[1]:
+    every = q.shape[1]
+    parts: list[Tensor | None] = [None] * every
+
+    def attend(group: Group) -> tuple[Sequence[int], Tensor]:
+        queries = q if len(group.heads) == every else _gathered(q, group.heads)
+        keys, values = _joined(group.k, k, group.heads), _joined(group.v, v, group.heads)
+        return group.heads, F.scaled_dot_product_attention(queries, keys, values, scale=softmax_scale)
+
+    for heads, part in map(attend, groups):  # map lets go of a group before it asks for the next
+        if len(heads) == every:
             return part
-        out = torch.empty_like(q) if out is None else out
-        out[:, list(group.heads)] = part
-    if out is None:
-        raise ValueError("grouped_attention: no groups")
+        for head, answer in zip(heads, part.unbind(1), strict=True):
+            parts[head] = answer
+    found = [part for part in parts if part is not None]
+    if len(found) < every:
+        raise ValueError(f"grouped_attention: {every - len(found)} of {every} heads are in no group")
+    return torch.stack(found, 2).transpose(1, 2)  # heads beside each other, as the output projection reads them
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], history: tuple[Tensor, Tensor], softmax_scale: float
+) -> Tensor:
+    """Attention of q over [history of each head, current k, v] in one launch.
+
+    Args:
+        q, k, v: of the current scale, (B, H, N, D); k and v without tokens where the history holds the current ones.
+        lengths: tokens of each head's history, (H,).
+        history: keys and values (B, sum of lengths, D), head after head.
+        softmax_scale: factor of q k^T.
+
+    Returns:
+        (B, H, N, D).
+    """
+    rows, heads, queries, head_dim = q.shape
+    counts = [n + k.shape[2] for n in lengths]
+    keys, values = (_packed(*pair, lengths).reshape(-1, 1, head_dim) for pair in zip(history, (k, v), strict=True))
+    # the lengths are known on the host: one small copy that the host does not wait for
+    ends = torch.tensor(counts * rows, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    ends = F.pad(ends, (1, 0))
+    if q.is_cuda:
+        ends = ends.pin_memory()
+    starts = torch.arange(0, rows * heads * queries + 1, queries, dtype=torch.int32, device=q.device)
+    flat = q.reshape(-1, 1, head_dim)
+    offsets = ends.to(q.device, non_blocking=True)
+    out = _varlen_kernel(flat, keys, values, starts, offsets, queries, max(counts), softmax_scale)
+    return out.view(rows, heads, queries, head_dim)
+
+
+def _varlen_kernel(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, softmax_scale: float
+) -> Tensor:
+    """PyTorch's kernel; the seam at which tests put a plain loop, since it has no CPU form."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale)
+    assert isinstance(out, Tensor)  # a pair only where more is asked for
     return out
 
 
-def _group_attention(q: Tensor, k: Tensor, v: Tensor, group: Group, softmax_scale: float) -> Tensor:
-    heads = slice(None) if len(group.heads) == q.shape[1] else list(group.heads)
-    keys, values = _joined(group.k, k[:, heads]), _joined(group.v, v[:, heads])
-    return F.scaled_dot_product_attention(q[:, heads], keys, values, scale=softmax_scale)
+def _packed(history: Tensor, current: Tensor, lengths: Sequence[int]) -> Tensor:
+    """History (B, sum of lengths, D) and current (B, H, N, D) interleaved by head: (B, sum of both, D)."""
+    if not current.shape[2]:
+        return history
+    pairs = zip(history.split(list(lengths), 1), current.unbind(1), strict=True)
+    return torch.cat([piece for pair in pairs for piece in pair], 1)
 
 
-def _joined(history: Tensor, current: Tensor) -> Tensor:
-    """Both along the tokens; no copy where one of them is empty."""
+def _gathered(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Heads of (B, H, N, D). Views, stacked: several times faster than an index, and no wait for a device."""
+    return torch.stack([x[:, head] for head in heads], 1)
+
+
+def _joined(history: Tensor, current: Tensor, heads: Sequence[int]) -> Tensor:
+    """History (B, G, n, D) and the heads' share of the current scale (B, H, N, D) along the tokens, copied once."""
+    every = len(heads) == current.shape[1]
+    if not current.shape[2]:
+        return history
     if not history.shape[2]:
-        return current
-    return torch.cat((history, current), 2) if current.shape[2] else history
+        return current if every else _gathered(current, heads)
+    if every:
+        return torch.cat((history, current), 2)
+    pieces = [piece for i, head in enumerate(heads) for piece in (history[:, i], current[:, head])]
+    return torch.cat(pieces, 1).view(len(history), len(heads), -1, history.shape[-1])
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_scale: float) -> Tensor:

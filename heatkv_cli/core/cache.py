@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.attention import Group, grouped_attention, masked_attention
+from heatkv_cli.core.attention import Group, grouped_attention, masked_attention, varlen_attention
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.ledger import Ledger
 from heatkv_cli.core.policy import Keep, Observer, Policy, View, Visit
@@ -21,7 +21,7 @@ from heatkv_cli.core.scales import Geometry
 from heatkv_cli.core.table import LayerTable
 from heatkv_cli.errors import BudgetError, ConfigError
 
-BACKENDS = ("grouped", "masked")
+BACKENDS = ("grouped", "varlen", "masked")
 FULL_BUDGET = Budget.parse(1)
 
 
@@ -35,7 +35,8 @@ class KVCache:
         rows: batch rows, guidance rows included.
         cond_rows: how many of them, the first ones, are conditional.
         dtype, device: of stored keys and values.
-        backend: `grouped`, or `masked` (the oracle: same storage, padded and masked attention).
+        backend: `grouped`; `varlen` (one launch; CUDA and half precision); or `masked` (the oracle: same storage,
+            padded and masked attention).
         observers: see every visit.
 
     Raises:
@@ -61,6 +62,11 @@ class KVCache:
     ):
         if backend not in BACKENDS:
             raise ConfigError(f"attention backend {backend!r} is unknown", f"one of: {', '.join(BACKENDS)}")
+        if backend == "varlen" and (torch.device(device).type != "cuda" or dtype.itemsize != 2):
+            raise ConfigError(
+                f"attention backend varlen runs on CUDA in bfloat16 or float16, not on {device} in {dtype}",
+                "runtime.attention=grouped",
+            )
         if dtype.itemsize != geometry.dtype_bytes:
             raise ConfigError(
                 f"the cache stores {dtype} but the budget is counted in {geometry.dtype_bytes}-byte numbers",
@@ -168,6 +174,11 @@ class KVCache:
         if self.backend == "masked":
             view = self.view(visit.layer)
             return masked_attention(visit.q, view.k, view.v, view.valid, visit.softmax_scale)
+        if self.backend == "varlen":
+            stored = len(table.slots)
+            self._working(2 * stored + len(table.lengths) * count)
+            history = self.pool.read(table.slots)
+            return varlen_attention(visit.q, visit.k, visit.v, table.lengths, history, visit.softmax_scale)
         self._working(table.copied_tokens(count))
         return grouped_attention(visit.q, visit.k, visit.v, self._history(table), visit.softmax_scale)
 
@@ -184,9 +195,13 @@ class KVCache:
         k, v = _replaced(view, keep)
         if self.backend == "masked":
             return masked_attention(visit.q, k, v, mask, visit.softmax_scale)
+        none = visit.k[:, :, :0]
+        if self.backend == "varlen":
+            self._working(view.tokens + sum(counts))
+            chosen = _chosen(k, mask), _chosen(v, mask)
+            return varlen_attention(visit.q, none, none, counts, chosen, visit.softmax_scale)
         columns = view.positions.shape[2]
         self._working(view.tokens + max(counts.count(n) * (columns + n) for n in counts))
-        none = visit.k[:, :, :0]
         return grouped_attention(visit.q, none, none, _selected_groups(k, v, mask, counts), visit.softmax_scale)
 
     def _history(self, table: LayerTable) -> Iterator[Group]:
@@ -260,11 +275,7 @@ class KVCache:
             visit = self._visit
             assert visit is not None  # only the visiting layer has a current scale
             self._working(len(slots))
-            if bool(current.all()):
-                self.pool.write(slots, visit.k.flatten(1, 2), visit.v.flatten(1, 2))
-            else:
-                chosen = current.to(visit.k.device)
-                self.pool.write(slots, visit.k[:, chosen], visit.v[:, chosen])
+            self.pool.write(slots, _current_tokens(visit.k, current), _current_tokens(visit.v, current))
             table = table.appended(slots, self._current_positions(), current)
         self.tables[layer] = table
 
@@ -281,6 +292,15 @@ class KVCache:
         slots = self.pool.take(sum(counts))
         self.pool.write(slots, k, v)
         self.tables[keep.layer] = LayerTable(tuple(counts), slots, positions[mask].view(rows, -1))
+
+
+def _current_tokens(x: Tensor, chosen: Tensor) -> Tensor:
+    """Tokens of x (B, H, N, D) that `chosen` (H, N) on the host names, head after head: (B, number chosen, D)."""
+    whole = chosen.all(1)
+    if bool((whole == chosen.any(1)).all()):  # atoms are kept or dropped as a whole: views will do
+        return torch.cat([x[:, head] for head in whole.nonzero().flatten().tolist()], 1)
+    index = chosen.flatten().nonzero().flatten()
+    return x.flatten(1, 2).index_select(1, index.to(x.device, non_blocking=True))
 
 
 def _replaced(view: View, keep: Keep) -> tuple[Tensor, Tensor]:

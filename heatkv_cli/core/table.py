@@ -45,14 +45,16 @@ class LayerTable:
     def copied_tokens(self, current: int) -> int:
         """The most tokens (heads x keys) that attention over [history, `current` tokens] copies at once.
 
-        Per group: its history out of the pool, history and current joined, and, where the group is not the whole
-        layer, its heads' share of the current scale.
+        Per group: its history out of the pool, and history and current joined; a group that is the whole layer and
+        has no history copies nothing.
         """
         most = 0
         for length in set(self.lengths):
             heads = self.lengths.count(length)
-            joined = 2 * length + current if length else 0
-            most = max(most, heads * (joined + (current if heads < len(self.lengths) else 0)))
+            if length:
+                most = max(most, heads * (2 * length + current))
+            elif heads < len(self.lengths):
+                most = max(most, heads * current)
         return most
 
     def padded_positions(self) -> Tensor:

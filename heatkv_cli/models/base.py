@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -69,6 +70,17 @@ class ImageModel(Protocol):
     """A loaded model at one resolution."""
 
     geometry: Geometry
+
+    def prepare(self, prompts: Sequence[str], root: Path) -> None:
+        """Called with all prompts of a run before its first image: whatever is costly about text happens here.
+
+        A large text encoder is loaded, run and freed; the features are kept below `root` for this run and later ones.
+        A cheap one does nothing.
+
+        Raises:
+            SetupError: the text encoder is needed and not there.
+        """
+        ...
 
     def encode(self, prompts: Sequence[str]) -> Any:
         """Prompts -> whatever `generate` takes as condition."""

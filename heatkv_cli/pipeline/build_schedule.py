@@ -74,8 +74,8 @@ def _orders(cfg: RunConfig, ui: Console) -> Orders:
     if cfg.orders is None:
         return Calibration.load(calibration_path(cfg, ui), geometry).orders()
     # upstream's lists were found at the largest resolution; smaller ones use the lists of the sources they have
-    largest = max(cfg.model.resolutions.values(), key=len)
-    return load_orders(cfg.orders, geometry, ScaleSchedule(largest))
+    found_at = cfg.model.order_scales or max(cfg.model.resolutions.values(), key=len)
+    return load_orders(cfg.orders, geometry, ScaleSchedule(found_at))
 
 
 def _report(path: Path, schedule: Schedule) -> dict[str, Any]:

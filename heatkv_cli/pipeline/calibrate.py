@@ -77,6 +77,7 @@ def measure(cfg: RunConfig, files: dict[str, Path], weights: str, ui: Console) -
     model, sampling = setup.load_model(cfg, files), setup.sampling_of(cfg.model)
     prompts, _ = setup.prompts_of(cfg.calibration_prompts)
     images = setup.images_of(cfg, prompts, 1, None)
+    model.prepare([image.item.prompt for image in images], setup.text_root(cfg))
     parts = []
     with ui.progress(f"calibrate {cfg.model.name}", len(images), "prompt") as progress:
         for batch in setup.batches_of(images, cfg.runtime.batch_size):

@@ -229,7 +229,7 @@ def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
         "method": cfg.method.name, "method_args_json": cfg.method.params, "budget": cfg.budget, "rho": cfg.rho,
         "schedule_sha256": job.schedule.sha256 if job.schedule else None,
         "benchmark": cfg.benchmark.name, "benchmark_version": cfg.benchmark.version,
-        "resolution": cfg.model.resolution, "seed": cfg.seed, "seed_mode": cfg.seed_mode, "dtype": cfg.model.dtype,
+        "resolution": cfg.model.shape_label, "seed": cfg.seed, "seed_mode": cfg.seed_mode, "dtype": cfg.model.dtype,
         "attention_backend": setup.backend_of(cfg), "batch_size": cfg.runtime.batch_size, "device": cfg.runtime.device,
         "torch_version": torch.__version__, "status": "ok", "command": plan.command_line, **costs,
     }  # fmt: skip

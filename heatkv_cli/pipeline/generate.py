@@ -147,10 +147,13 @@ def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | 
     with RunFolder(job.folder / kind, shard) as folder:
         todo = [batch for batch in batches if not folder.done(image.image_id for image in batch)]
         label = f"{cfg.method.name} {cfg.budget_label} {kind}"
+        if todo:
+            model = models.get(job)
+            model.prepare([image.item.prompt for batch in todo for image in batch], setup.text_root(cfg))
         with ui.progress(label, sum(map(len, todo)), "img") as progress:
             for batch in todo:
                 copied = None if traces is None else _load_traces(traces, batch)
-                rows, files = _make(job, kind, models.get(job), batch, copied)
+                rows, files = _make(job, kind, model, batch, copied)
                 folder.append_batch(rows, files)
                 progress.advance(len(batch))
     finish_meta(job.folder)
@@ -174,6 +177,9 @@ def _make(
     begin = perf_counter()
     try:
         condition = model.encode([image.item.prompt for image in batch])
+        if cuda:
+            torch.cuda.synchronize()
+        text_seconds, begin = perf_counter() - begin, perf_counter()
         trace = model.generate(condition, sampling, cache, generators, forced)
         if cuda:
             torch.cuda.synchronize()
@@ -183,7 +189,7 @@ def _make(
         raise GPUMemoryError(
             f"out of GPU memory with batch size {len(batch)}", f"runtime.batch_size={max(1, len(batch) // 2)}"
         ) from error
-    numbers = _costs(cache.ledger, seconds, len(batch))
+    numbers = _costs(cache.ledger, seconds, len(batch)) | {"text_seconds": text_seconds / len(batch)}
     common = {
         "batch": batch[0].image_id,
         "seconds": seconds / len(batch),

@@ -337,4 +337,4 @@ def incomplete(measured: Sequence[tuple[str, dict[str, Measured]]], ui: Console)
     ]
     for status, name, reason in dict.fromkeys((f["status"], f["metric"], f["reason"]) for f in found):
         ui.warn(f"{name} {status}: {reason}")
-    return {"incomplete": found} if found else {}
+    return {"status": "partial", "incomplete": found} if found else {}

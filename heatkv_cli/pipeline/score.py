@@ -54,7 +54,7 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
     """
     cfg = plan.first
     metrics = {config.name: setup.metric_of(config, setup.device_of(cfg)) for config in cfg.metrics}
-    _check_needs(metrics, sources)
+    _check_needs(plan, metrics, sources)
     prompts = None if sources.prompts is None else load_prompts(sources.prompts)
     identity = {
         "images": str(sources.images.absolute()),
@@ -98,7 +98,9 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
     }
 
 
-def _check_needs(metrics: Mapping[str, Metric], sources: Sources) -> None:
+def _check_needs(plan: Plan, metrics: Mapping[str, Metric], sources: Sources) -> None:
+    if not any(override.startswith("metric=") for override in plan.overrides):
+        raise ConfigError("no metric is named", "add metric=NAME,...; heatkv ls metrics shows which there are")
     errors = []
     for name, metric in metrics.items():
         if metric.needs != "free":

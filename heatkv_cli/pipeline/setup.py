@@ -14,10 +14,11 @@ from heatkv_cli.config import BenchmarkConfig, MethodConfig, MetricConfig, Model
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.policy import Method
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.errors import ConfigError
+from heatkv_cli.errors import ConfigError, SetupError
 from heatkv_cli.metrics.base import Metric
 from heatkv_cli.models.base import ImageModel, Sampling
-from heatkv_cli.models.weights import find_file, sha256_path
+from heatkv_cli.models.text_store import encoder_sha256, find_features
+from heatkv_cli.models.weights import WeightFile, find_file
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,41 @@ def metric_of(config: MetricConfig, device: str) -> Metric:
     return build(config.target, config.params, object, where=f"metric {config.name}", offers=offers)  # type: ignore[return-value]
 
 
+TEXT = "text"  # role of a text encoder: features computed with it may stand in for its files
+
+
 def weight_files(cfg: RunConfig) -> dict[str, Path]:
-    """Paths of the model's files by role.
+    """Paths of the model's files by role; a text encoder's may be a folder of its features, see `text_root`.
 
     Raises:
-        SetupError: a file is missing, or no folder was named.
+        SetupError: a file is missing.
     """
+    return {file.role: weight_file(cfg, file) for file in cfg.model.weights.files}
+
+
+def weight_file(cfg: RunConfig, file: WeightFile) -> Path:
+    """Path of one of the model's files, or of what stands in for it; errors as in `find_file`."""
     weights = cfg.model.weights
-    folder = None if weights.place == "package" else cfg.weights or Path("weights")
-    return {f.role: find_file(cfg.model.name, f.name, folder, f.sha256, f.source) for f in weights.files}
+    try:
+        return find_file(cfg.model.name, file, cfg.weights, weights.place == "package", weights.verify)
+    except SetupError:
+        features = find_features(text_root(cfg)) if file.role == TEXT else None
+        if features is None:
+            raise
+        return features
+
+
+def text_root(cfg: RunConfig) -> Path:
+    """Where text features are kept."""
+    return cfg.text or cfg.out / "text"
 
 
 def weights_sha256(files: dict[str, Path]) -> str:
-    """One digest for all files of a model."""
-    if len(files) == 1:
-        return sha256_path(next(iter(files.values())))
-    lines = [f"{role} {sha256_path(path)}" for role, path in sorted(files.items())]
+    """One digest for all files of a model; the same with a text encoder and with its features."""
+    digests = {role: encoder_sha256(path) for role, path in files.items()}
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    lines = [f"{role} {digest}" for role, digest in sorted(digests.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

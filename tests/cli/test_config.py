@@ -26,7 +26,7 @@ from heatkv_cli.config import (
     config_hash,
     groups,
 )
-from heatkv_cli.config.compose import budget_text
+from heatkv_cli.config.check import budget_text
 from heatkv_cli.config.sweep import quote
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.errors import ConfigError, ConfigErrors
@@ -105,7 +105,7 @@ def test_tiny_has_the_geometry_of_the_design() -> None:
 @pytest.mark.parametrize(("name", "tokens"), [("0.06M", 521), ("0.25M", 2521), ("0.60M", 6425), ("1M", 10521)])
 def test_infinity_schedules(name: str, tokens: int) -> None:
     for model in ("infinity-2b", "infinity-8b"):
-        sizes = one(f"model={model}", f"model.resolution={name}").model.sizes
+        sizes = one(f"model={model}", f"model.resolution={name}", "force_resolution=true").model.sizes
         assert sum(height * width for height, width in sizes) == tokens
 
 
@@ -136,7 +136,7 @@ def test_any_path_survives(path: str) -> None:
 
 def test_environment_speaks_of_paths_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEATKV_OUT", "/elsewhere")
-    monkeypatch.setenv("HEATKV_WEIGHTS", "/weights")
+    monkeypatch.setenv("HEATKV_WEIGHTS_DIR", "/weights")
     monkeypatch.setenv("HEATKV_BUDGET", "0.5")
     run = one()
     assert (run.out, run.weights, run.budget) == (Path("/elsewhere"), Path("/weights"), "0.1")

@@ -67,6 +67,19 @@ def check(capsys: Capture, arguments: list[str], code: int, *expected: str) -> s
         (["runtime.attention=flash"], ["runtime.attention is 'flash'", "'grouped'"]),
         (["model.sampling.tau=[1,2]"], ["model.sampling.tau has 2 values", "8 scales"]),
         (["model=infinity-2b", "model.resolution=2M"], ["has no resolution '2M'", "0.25M"]),
+        (["model=infinity-2b", "aspect_ratio=1.49"], ["ratio 1.49", "the nearest is 1.5"]),
+        (["model=infinity-2b", "aspect_ratio=16:9"], ["model.aspect_ratio is '16:9'", "a number"]),
+        (["aspect_ratio=1.5"], ["model=tiny has no aspect_ratio", "infinity-8b-512"]),
+        (["preset=infer"], ["model=tiny has no preset", "infinity-2b"]),
+        (["force_resolution=true"], ["model=tiny has no force_resolution"]),
+        (["resolution=1M"], ["model=tiny has no resolution '1M'", "80px"]),
+        (["resolution=80px", "model.resolution=80px"], ["resolution and model.resolution are both given"]),
+        (["model=infinity-8b", "preset=infr"], ["has no preset 'infr'", "did you mean 'infer'?"]),
+        (["model=infinity-8b", "model.presets={}"], ["'model.presets' cannot be set"]),
+        (
+            ["model=infinity-2b", "resolution=0.25M"],
+            ["trained at 1M", "model=infinity-8b-512", "force_resolution=true"],
+        ),
         (["heatkv"], ["'heatkv' is not an override", "key=value"]),
         (["~method"], ["not removed"]),
         (["method=[full,heatkv]"], ["one name"]),
@@ -115,8 +128,10 @@ def test_unreadable_prompts(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_weights_that_are_not_there(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HEATKV_WEIGHTS", raising=False)
-    said = check(capsys, ["eval", "model=infinity-2b", "--dry-run"], 3, "HEATKV_WEIGHTS", "weights=DIR")
+    monkeypatch.delenv("HEATKV_WEIGHTS_DIR", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", "/no/cache")
+    fix = "heatkv download infinity-2b, or put it into a folder named by --weights DIR or HEATKV_WEIGHTS_DIR"
+    said = check(capsys, ["eval", "model=infinity-2b", "--dry-run"], 3, fix, "looked at /no/cache/models--Foundation")
     assert said.count("error: ") == 3  # transformer, tokenizer, text encoder
 
 
@@ -131,7 +146,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
             result: dict[str, Any] = outcome
             return result
 
-        monkeypatch.setattr(cli, "_stage_function", lambda command: run)
+        monkeypatch.setattr(cli.stages, "_stage_function", lambda command: run)
 
     return install
 

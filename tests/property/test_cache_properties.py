@@ -2,14 +2,15 @@
 
 `Slow` is a dictionary (layer, head, row) -> list of tokens with their keys and values; it attends with one float64
 softmax per row, head and query. A scripted policy draws decisions of every kind a method may take, and both execute
-them: attention outputs (both back ends), stored tokens and used slots must agree after every visit.
+them: attention outputs (all back ends), stored tokens and used slots must agree after every visit.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from heatkv_cli.core import attention
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
@@ -192,9 +194,26 @@ class Scripted(Policy):
         return [decision.keep for decision in self.after]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def varlen_kernel() -> Iterator[None]:
+    """The variable-length kernel has no CPU form: a loop over its sequences computes the same."""
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *rest: float) -> Tensor:
+        out = torch.empty_like(q)
+        queries, keys = cu_q.tolist(), cu_k.tolist()
+        for (a, b), (c, d) in zip(pairwise(queries), pairwise(keys), strict=True):
+            logits = q[a:b, 0].float() @ k[c:d, 0].float().T * rest[-1]
+            out[a:b, 0] = (logits.softmax(-1) @ v[c:d, 0].float()).to(q.dtype)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_varlen_kernel", one_by_one)
+        yield
+
+
 @dataclass
 class Run:
-    """One generation, on the slow model and on both back ends."""
+    """One generation, on the slow model and on all back ends."""
 
     geometry: Geometry
     rows: int
@@ -206,11 +225,12 @@ class Run:
         self.generator = torch.Generator().manual_seed(self.seed)
         self.slow, self.attended = Slow(self.geometry, self.rows), 0
         self.script = Script(self.slow, self.dice, self.dtype)
-        self.policies = [Scripted(self.geometry.full_tokens) for _ in range(2)]
+        self.policies = [Scripted(self.geometry.full_tokens) for _ in range(3)]
         self.caches = [
             KVCache(self.geometry, policy, self.rows, self.rows, self.dtype, backend=backend)
-            for policy, backend in zip(self.policies, ("grouped", "masked"), strict=True)
+            for policy, backend in zip(self.policies, ("grouped", "masked", "grouped"), strict=True)
         ]
+        self.caches[2].backend = "varlen"  # refused on a CPU; here a plain loop stands for its kernel
 
     def generate(self) -> None:
         for scale in range(self.geometry.num_scales):
@@ -248,7 +268,7 @@ class Run:
     def check_outputs(
         self, visit: Visit, before: Decision | None, after: list[Decision], seen: dict[tuple[int, int], list[Token]]
     ) -> None:
-        """Attend with both back ends; `seen`: by (head, row), what the slow model attends to."""
+        """Attend with all back ends; `seen`: by (head, row), what the slow model attends to."""
         logits = {at: stacked(tokens, 1) @ visit.q[at[1], at[0]].double().T for at, tokens in seen.items()}
         largest = max(float(product.abs().max()) for product in logits.values())
         scale = self.dice.random() * LOGIT / max(largest, 1.0)
@@ -264,6 +284,7 @@ class Run:
             assert_close(outputs[-1], expected)
             assert cache.ledger.attended_tokens == self.attended
         assert_close(outputs[0], outputs[1])
+        assert_close(outputs[2], outputs[1])
 
     def after(self, visit: Visit, before: Decision | None) -> list[Decision]:
         """Decisions for the visiting layer, and now and then for others, in any order."""
@@ -387,6 +408,8 @@ def test_spending_too_much_is_an_error() -> None:
 def test_a_cache_is_asked_for_in_a_way_that_exists() -> None:
     with pytest.raises(ConfigError, match="backend 'flash' is unknown"):
         KVCache(TWO, Policy(12), 2, 1, backend="flash")
+    with pytest.raises(ConfigError, match="varlen runs on CUDA"):
+        KVCache(TWO, Policy(12), 2, 1, backend="varlen")
     with pytest.raises(ConfigError, match=r"stores torch.bfloat16 but the budget is counted in 4-byte"):
         KVCache(TWO, Policy(12), 2, 1, dtype=torch.bfloat16)
 

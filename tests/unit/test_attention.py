@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from heatkv_cli.core import attention
-from heatkv_cli.core.attention import Group, column_mass, grouped_attention, masked_attention, probability_chunks
+from heatkv_cli.core.attention import (
+    Group,
+    column_mass,
+    grouped_attention,
+    masked_attention,
+    probability_chunks,
+    varlen_attention,
+)
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
@@ -40,8 +48,22 @@ def literal(q: Tensor, keys: list[list[Tensor]], values: list[list[Tensor]]) -> 
     return out
 
 
+def one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, softmax_scale: float
+) -> Tensor:
+    """What the variable-length kernel computes, sequence after sequence; it has no CPU form."""
+    starts, ends = cu_q.tolist(), cu_k.tolist()
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and len(starts) == len(ends)
+    assert starts[-1] == len(q) and ends[-1] == len(k) == len(v) and q.shape[1] == k.shape[1] == 1
+    assert max_q == max(b - a for a, b in pairwise(starts)) and max_k == max(b - a for a, b in pairwise(ends))
+    out = torch.empty_like(q)
+    for (a, b), (c, d) in zip(pairwise(starts), pairwise(ends), strict=True):
+        out[a:b, 0] = (q[a:b, 0] @ k[c:d, 0].T * softmax_scale).softmax(-1) @ v[c:d, 0]
+    return out
+
+
 @pytest.mark.parametrize("lengths", [(0, 0, 0, 0, 0), (3, 3, 3, 3, 3), (0, 4, 0, 2, 4), (1, 2, 3, 4, 5)])
-def test_heads_with_histories_of_different_length(lengths: tuple[int, ...]) -> None:
+def test_heads_with_histories_of_different_length(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (randn(B, H, Q, D, seed=seed) for seed in (1, 2, 3))
     old_k, old_v = (randn(B, H, max(lengths), D, seed=seed) for seed in (4, 5))
     groups = []
@@ -52,6 +74,10 @@ def test_heads_with_histories_of_different_length(lengths: tuple[int, ...]) -> N
     values = [[torch.cat((old_v[b, h, : lengths[h]], v[b, h])) for h in range(H)] for b in range(B)]
     expected = literal(q, keys, values)
     torch.testing.assert_close(grouped_attention(q, k, v, iter(groups), SCALE).double(), expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(attention, "_varlen_kernel", one_by_one)
+    stored = [torch.cat([old[:, h, : lengths[h]] for h in range(H)], 1) for old in (old_k, old_v)]
+    varlen = varlen_attention(q, k, v, lengths, (stored[0], stored[1]), SCALE)
+    torch.testing.assert_close(varlen.double(), expected, atol=1e-5, rtol=1e-5)
     valid = torch.cat((torch.arange(max(lengths)) < torch.tensor(lengths)[:, None], torch.ones(H, Q).bool()), 1)[None]
     dense = masked_attention(q, torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), valid, SCALE)
     torch.testing.assert_close(dense.double(), expected, atol=1e-5, rtol=1e-5)
@@ -81,7 +107,7 @@ def test_the_dtype_stays() -> None:
 
 def test_no_groups_are_a_mistake() -> None:
     q = randn(B, H, Q, D, seed=1)
-    with pytest.raises(ValueError, match="no groups"):
+    with pytest.raises(ValueError, match="in no group"):
         grouped_attention(q, q, q, [], SCALE)
 
 

@@ -354,9 +354,9 @@ def test_statistics_of_batches_and_shards_are_those_of_the_whole(size: int) -> N
         np.testing.assert_array_equal(rows[1].ordered(), a)
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
-def test_scores_and_features_do_not_depend_on_the_batch(size: int, backbones: dict[str, Path]) -> None:
-    every = [samples()[i] for i in (0, 3, 0, 3, 3, 0, 0, 3)]  # two sizes, mixed
+@pytest.mark.parametrize("size", [1, 2])
+def test_scores_do_not_depend_on_the_batch(size: int, backbones: dict[str, Path]) -> None:
+    every = [samples()[i] for i in (0, 3, 0)]  # two sizes, mixed
     for metric in (SSIM(), LPIPS("alex", weights=str(backbones["alex"])), PDEfficientNetLite0()):
         whole = [score.value for score in metric.score_batch(every)]
         parts = [s.value for i in range(0, len(every), size) for s in metric.score_batch(every[i : i + size])]

@@ -118,8 +118,8 @@ def test_what_attention_copies() -> None:
     shared = from_lists([[(1, (5,)), (2, (6,))], [(3, (5,)), (4, (6,))]], 1)
     assert shared.copied_tokens(10) == 2 * (2 + 2 + 10)  # histories, and histories joined with the current scale
     ragged = from_lists([[(1, (5,)), (2, (6,))], [], []], 1)
-    assert ragged.copied_tokens(1) == max(1 * (2 + 2 + 1 + 1), 2 * 1)  # and a share of the current scale
-    assert ragged.copied_tokens(10) == max(1 * (2 + 2 + 10 + 10), 2 * 10)
+    assert ragged.copied_tokens(1) == max(1 * (2 + 2 + 1), 2 * 1)  # or heads without history out of the current scale
+    assert ragged.copied_tokens(10) == max(1 * (2 + 2 + 10), 2 * 10)
 
 
 def test_index_bytes_count_int32() -> None:

@@ -10,45 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from t5_files import WORDS, write_t5
 
 from heatkv_cli.errors import ArtifactError, SetupError
-from heatkv_cli.models.infinity.text_t5 import Precision, T5Encoder
+from heatkv_cli.models.infinity.text_t5 import Precision, T5Encoder, positive_text
 
 needs_transformers = pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs heatkv[t5]")
 
-WORDS = [
-    "<pad>",
-    "</s>",
-    "<unk>",
-    *"a red blue circle square left of right above the two green ring star arrow cross below touching big".split(),
-]
 CHANNELS = 32
 PROMPTS = ["a red circle", "two blue square left of the red circle", ""]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Flan-T5's shape at a thousandth of its size: gated GELU, relative positions, `</s>` appended, padding 0."""
-    hub = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    path = tmp_path_factory.mktemp("flan-t5")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    hub.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(path)
-    torch.manual_seed(0)
-    config = hub.T5Config(
-        vocab_size=len(WORDS), d_model=CHANNELS, d_kv=8, d_ff=64, num_layers=3, num_heads=4,
-        feed_forward_proj="gated-gelu", dropout_rate=0.1,
-    )  # fmt: skip
-    hub.T5EncoderModel(config).save_pretrained(path)
-    return path
+    return write_t5(tmp_path_factory.mktemp("flan-t5"), CHANNELS)
 
 
-def encoder(folder: Path, dtype: Precision = "float32", pad: bool = True, max_length: int = 64) -> T5Encoder:
+def encoder(folder: Path, dtype: Precision = "float32", pad: bool = False, max_length: int = 64) -> T5Encoder:
     return T5Encoder(folder, CHANNELS, max_length, dtype, pad=pad)
 
 
@@ -80,16 +58,27 @@ def test_a_sentencepiece_model_alone_is_enough(folder: Path, tmp_path: Path) -> 
     assert len(row) == len(reader.encode("a red circle")) + 1
 
 
-def test_padding_changes_only_the_rounding(folder: Path) -> None:
-    padded, plain = encoder(folder).encode(PROMPTS), encoder(folder, pad=False).encode(PROMPTS)
-    for a, b in zip(padded, plain, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+def test_a_batch_is_its_prompts_one_by_one_up_to_rounding(folder: Path) -> None:
+    """Whatever it is padded to; upstream encodes one prompt, padded to the whole length."""
+    upstream = [encoder(folder, pad=True).encode([prompt])[0] for prompt in PROMPTS]
+    for pad in (False, True):
+        net = encoder(folder, pad=pad)
+        for wanted, batch, single in zip(upstream, net.encode(PROMPTS), map(net.encode, zip(PROMPTS)), strict=True):
+            assert torch.allclose(batch, wanted, atol=1e-5)
+            assert torch.allclose(single[0], wanted, atol=1e-5)
+    assert (upstream[0][0] - upstream[1][0]).abs().max() > 0.01  # the same word means another thing elsewhere
 
 
-def test_a_prompt_does_not_depend_on_its_neighbours(folder: Path) -> None:
-    net = encoder(folder)
-    together = net.encode(PROMPTS)
-    assert all(torch.equal(net.encode([p])[0], row) for p, row in zip(PROMPTS, together, strict=True))
+def test_the_network_is_transformers_own(folder: Path) -> None:
+    """The official call, written out: padded to the whole length, cut to the mask."""
+    hub = pytest.importorskip("transformers")
+    words = hub.AutoTokenizer.from_pretrained(folder)
+    net = hub.T5EncoderModel.from_pretrained(folder).eval()
+    for prompt, ours in zip(PROMPTS, encoder(folder).encode(PROMPTS), strict=True):
+        read = words([prompt], max_length=64, padding="max_length", truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = net(read.input_ids, read.attention_mask).last_hidden_state
+        assert torch.allclose(ours, hidden[0, : read.attention_mask.sum()], atol=1e-5)
 
 
 def test_a_long_prompt_is_cut(folder: Path) -> None:
@@ -107,7 +96,7 @@ def test_precision_is_a_switch(folder: Path, dtype: Precision) -> None:
         kept = dtype == "float16" and name.endswith(".wo.weight")  # these overflow in half precision
         assert found == (torch.float32 if kept else getattr(torch, dtype)), name
     for a, b in zip(near, exact, strict=True):
-        assert a.dtype == torch.float32
+        assert a.dtype == getattr(torch, dtype)  # nothing is gained by more
         assert 0 < (a - b).abs().max() < (0.02 if dtype == "float16" else 0.15)
 
 
@@ -168,3 +157,20 @@ def test_without_transformers_the_fix_is_the_pip_line(tmp_path: Path, monkeypatc
     with pytest.raises(SetupError, match="not installed") as caught:
         encoder(tmp_path)
     assert caught.value.hint == "pip install 'heatkv[t5]'"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "person"),
+    [
+        ("a man on a horse", True),
+        ("two women", True),
+        ("a mango", True),  # letters, not words
+        ("the season of rain", True),
+        ("A Man", False),  # case counts
+        ("a red circle", False),
+        ("", False),
+    ],
+)
+def test_persons_get_good_faces(prompt: str, person: bool) -> None:
+    faces = ". very smooth faces, good looking faces, face to the camera, perfect facial features"
+    assert positive_text(prompt) == prompt + faces * person

@@ -27,9 +27,10 @@ from heatkv_cli.models.infinity.checkpoint import (
 from heatkv_cli.models.infinity.containers import open_checkpoint
 from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.infinity.text import WordEncoder
-from heatkv_cli.models.infinity.text_t5 import Precision, T5Encoder
+from heatkv_cli.models.infinity.text_t5 import Precision, T5Encoder, positive_text
 from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig
+from heatkv_cli.models.text_store import StoredText, is_features
 
 PARTS = ("transformer", "tokenizer", "text")
 
@@ -130,19 +131,22 @@ def load_official(
     rope_mode: int,
     tokenizer: dict[str, Any],
     t5_dtype: Precision = "float16",
+    positive_prompt: bool = False,
     ema: bool = False,
 ) -> InfinityModel:
     """An official checkpoint, or one trained with the official code.
 
     Args:
         geometry: from the model's YAML.
-        files: paths by role: "transformer" and "tokenizer"; without "text" the model takes precomputed features.
+        files: paths by role: "transformer" and "tokenizer"; "text" is the folder of the encoder, or one of features
+            computed with it; without "text" the model takes features in place of prompts.
         device: where it runs.
         dtype: of the transformer's blocks; everything else is float32.
         width, block_chunks, text_channels, text_length: see `InfinityConfig`.
         rope_base, rope_mode: see `rope_table`.
         tokenizer: fields of `TokenizerConfig`, and `patch`, see `Codes`.
         t5_dtype: precision of the text encoder, see `T5Encoder`.
+        positive_prompt: prompts that speak of persons ask for good faces, see `positive_text`.
         ema: take the averaged weights of a training checkpoint.
 
     Raises:
@@ -166,7 +170,15 @@ def load_official(
     found = require(net_path, net_file, net, geometry.model)
     require_pair((net_path, found), (pixel_path, identify_entries(pixel_file)), codes.patch)
     require(pixel_path, pixel_file, pixels, geometry.model)
-    text = T5Encoder(files["text"], text_channels, text_length, t5_dtype, device) if "text" in files else None
+    text = None
+    if "text" in files:
+        text = _stored_text(files["text"], text_channels, text_length, t5_dtype, device, positive_prompt)
     load_transformer(net_path, net_file, net, getattr(torch, dtype), device)
     load_tokenizer(pixel_path, pixel_file, pixels, device)
     return InfinityModel(geometry, net, pixels, text, (rope_base[0], rope_base[1]), rope_mode)
+
+
+def _stored_text(source: Path, channels: int, length: int, dtype: Precision, device: str, positive: bool) -> StoredText:
+    encoder = None if is_features(source) else T5Encoder(source, channels, length, dtype, device)
+    settings = {"precision": dtype, "longest": length}
+    return StoredText(source, encoder, settings, positive_text if positive else str)

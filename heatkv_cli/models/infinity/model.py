@@ -6,6 +6,7 @@ Source: FoundationVision/Infinity @ 4c27bbb, `autoregressive_infer_cfg`; behavio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -21,6 +22,8 @@ from heatkv_cli.models.infinity.transformer import Conditioning, Infinity, Text
 
 class TextEncoder(Protocol):
     """Prompts -> one (L_i, Ct) tensor of features a prompt."""
+
+    def prepare(self, prompts: Sequence[str], root: Path) -> None: ...
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]: ...
 
@@ -49,11 +52,20 @@ class InfinityModel:
         table = rope_table(geometry.head_dim, geometry.schedule.sizes, rope_base, rope_mode)
         self.rope = table.to(transformer.pos_start.device)
 
+    def prepare(self, prompts: Sequence[str], root: Path) -> None:
+        """See `ImageModel.prepare`."""
+        self._encoder.prepare(prompts, root)
+
     def encode(self, prompts: Sequence[str]) -> Text:
-        """Prompts -> text features of the conditional rows."""
+        """Prompts -> text features of the conditional rows, float32."""
+        rows = self._encoder.encode(prompts)
+        return Text.pack([row.to(self.rope.device, torch.float32, non_blocking=True) for row in rows])
+
+    @property
+    def _encoder(self) -> TextEncoder:
         if self.text is None:
             raise ValueError("this model was built without a text encoder: pass `Text` features instead of prompts")
-        return Text.pack(self.text.encode(prompts))
+        return self.text
 
     def rows(self, batch: int, sampling: Sampling) -> int:
         return batch * (2 if sampling.guided else 1)

@@ -8,9 +8,11 @@ positions to a token.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from heatkv_cli.errors import ConfigError, did_you_mean
-from heatkv_cli.models.infinity.rope import Size
+
+Size = tuple[int, int]
 
 RESOLUTIONS = {"0.06M": 7, "0.25M": 10, "0.60M": 12, "1M": 13}
 """Resolution (megapixels of the image) -> number of scales."""
@@ -53,7 +55,7 @@ def _maps(ratio: float) -> tuple[Size, ...]:
         known = ", ".join(f"{r:g}" for r in RATIOS)
         raise ConfigError(
             f"Infinity has no token maps for the ratio {ratio!r} (height / width)",
-            f"one of: {known}; `nearest_ratio` finds the one for any picture",
+            f"the nearest is {nearest_ratio(ratio):g}; one of: {known}; `nearest_ratio` finds the one for any picture",
         )
     return _SIZES[ratio]
 
@@ -96,6 +98,20 @@ def rope_base(ratio: float = 1.0) -> Size:
     (45, 90)
     """
     return _maps(ratio)[-1]
+
+
+def at_ratio(ratio: float) -> dict[str, Any]:
+    """What of a model's config follows from the aspect ratio; named by `resolutions` in conf/model.
+
+    Returns:
+        `resolutions`: the scales of every resolution; `order_scales`: those at which the published orders were found;
+        `params`: `rope_base`, see there.
+
+    Raises:
+        ConfigError: there is no such ratio.
+    """
+    sizes = {name: scale_sizes(name, ratio) for name in RESOLUTIONS}
+    return {"resolutions": sizes, "order_scales": scale_sizes("1M"), "params": {"rope_base": rope_base(ratio)}}
 
 
 def nearest_ratio(ratio: float) -> float:

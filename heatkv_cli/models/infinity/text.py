@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,9 @@ class WordEncoder(nn.Module):
                 "shorten the prompt",
             )
         return [self.ids[word] for word in words] or [1]
+
+    def prepare(self, prompts: Sequence[str], root: Path) -> None:
+        """Nothing: it is small enough to run whenever it is asked."""
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:

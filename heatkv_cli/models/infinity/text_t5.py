@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -19,12 +20,28 @@ Precision = Literal["float16", "bfloat16", "float32"]
 
 INSTALL = "pip install 'heatkv[t5]'"
 
+PERSONS = (
+    "man", "woman", "men", "women", "boy", "girl", "child", "person", "human", "adult", "teenager", "employee",
+    "employer", "worker", "mother", "father", "sister", "brother", "grandmother", "grandfather", "son", "daughter",
+)  # fmt: skip
+FACES = ". very smooth faces, good looking faces, face to the camera, perfect facial features"
+
+
+def positive_text(prompt: str) -> str:
+    """The prompt, with a wish for good faces where it speaks of a person.
+
+    A word counts wherever its letters stand in that case: "mango" and "season" are persons, "Man" is none.
+
+    Source: FoundationVision/Infinity @ 4c27bbb, `tools/run_infinity.py` (`aug_with_positive_prompt`): words and
+    sentence are data that images depend on.
+    """
+    return prompt + FACES if any(word in prompt for word in PERSONS) else prompt
+
 
 class T5Encoder:
-    """Prompts -> one (L_i, channels) float32 tensor a prompt, L_i counting the end-of-text token.
+    """Prompts -> one (L_i, channels) tensor a prompt, L_i counting the end-of-text token.
 
-    The folder is checked at once; the network is read when the first prompt comes, and can be freed with `release`.
-    Prompts are encoded one at a time: features must not depend on their neighbours.
+    The folder is checked at once; the network is read when the first prompt comes, and freed by `release`.
 
     Precision changes images, so it is a setting. `float16` is what upstream's notebooks and evaluation scripts run
     (transformers keeps the `wo` matrices in float32 then); `tools/run_infinity.py` wraps T5 in a bfloat16 autocast,
@@ -33,10 +50,11 @@ class T5Encoder:
     Args:
         folder: a Hugging Face folder (config, tokenizer, weights).
         channels: width the transformer reads.
-        max_length: tokens after which a prompt is cut, and to which it is padded.
+        max_length: tokens after which a prompt is cut.
         dtype: of the weights.
         device: where it runs.
-        pad: run on the whole padded length, as upstream does; without it the features are the same up to rounding.
+        pad: to `max_length`, as upstream does, and not to the longest prompt of the batch. Padding is masked, so the
+            features are the same up to rounding; short prompts are many times faster without.
 
     Raises:
         SetupError: transformers is not installed, or the folder is not there.
@@ -52,7 +70,7 @@ class T5Encoder:
         max_length: int = 512,
         dtype: Precision = "float16",
         device: str = "cpu",
-        pad: bool = True,
+        pad: bool = False,
     ):
         self.folder, self.max_length, self.dtype, self.device, self.pad = folder, max_length, dtype, device, pad
         self._loaded: tuple[Any, Any] | None = None
@@ -107,10 +125,13 @@ class T5Encoder:
     def release(self) -> None:
         """Free the network; the next prompt reads it again."""
         self._loaded = None
+        gc.collect()  # transformers' modules hold cycles
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Features of each prompt, (L_i, channels) float32; a prompt is cut after `max_length` tokens.
+    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+        """Features of each text, all in one batch; on the host, in the dtype that the network gives.
 
         Raises:
             SetupError, ArtifactError: see `load`.
@@ -119,16 +140,15 @@ class T5Encoder:
         self.load()
         assert self._loaded is not None
         words, net = self._loaded
-        features = []
-        for prompt in prompts:
-            padding = "max_length" if self.pad else False
-            read = words([prompt], max_length=self.max_length, padding=padding, truncation=True, return_tensors="pt")
-            ids, mask = read["input_ids"].to(self.device), read["attention_mask"].to(self.device)
-            rows = net(input_ids=ids, attention_mask=mask).last_hidden_state.float()[0, : int(mask.sum())]
+        padding = "max_length" if self.pad else "longest"
+        read = words(list(texts), max_length=self.max_length, padding=padding, truncation=True, return_tensors="pt")
+        ids, mask = read["input_ids"].to(self.device), read["attention_mask"].to(self.device)
+        hidden = net(input_ids=ids, attention_mask=mask).last_hidden_state.cpu()
+        features = [row[:length] for row, length in zip(hidden, mask.sum(1).tolist(), strict=True)]
+        for text, rows in zip(texts, features, strict=True):
             if not rows.isfinite().all():
                 raise ArtifactError(
-                    f"text encoder in {self.dtype}: the features of {prompt!r} are not finite",
+                    f"text encoder in {self.dtype}: the features of {text!r} are not finite",
                     "try model.params.t5_dtype=float32; if they still are not, fetch the folder again",
                 )
-            features.append(rows)
         return features

@@ -1,0 +1,69 @@
+"""The commands that tell what there is: ls, doctor."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from heatkv_cli.cli.app import app
+from heatkv_cli.cli.options import Debug, Json, Model, Out, Overrides
+from heatkv_cli.errors import ConfigError, SetupError, did_you_mean
+
+
+@app.command("ls")
+def list_group(
+    what: Annotated[
+        Optional[str], typer.Argument(metavar="[methods|models|benchmarks|metrics|experiments]", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List what there is to choose from.
+
+    \b
+    Examples:
+      heatkv ls methods
+      heatkv ls models --json
+    """
+    from heatkv_cli.config import GROUPS, catalogue
+    from heatkv_cli.console import Console
+
+    console = Console(as_json=as_json, debug=debug)
+    with console.guard("heatkv ls") as outcome:
+        known = [f"{group}s" for group in GROUPS]
+        if what is not None and what not in known and f"{what}s" not in known:
+            raise ConfigError(f"there is no list of '{what}'", did_you_mean(what, known))
+        asked = known if what is None else [what if what in known else f"{what}s"]
+        found = {name: catalogue(name[:-1]) for name in asked}
+        for name, records in found.items():
+            rows = [[record["name"], record["note"], record["paper"]] for record in records]
+            console.table((name, "", "source"), rows)
+        console.result(found)
+    raise typer.Exit(outcome.code)
+
+
+@app.command()
+def doctor(
+    overrides: Overrides = None, model: Model = None, out: Out = None, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Check the installation; every failing check prints its fix.
+
+    \b
+    Examples:
+      heatkv doctor
+      heatkv doctor --model infinity-2b
+      heatkv doctor --json                                                # for a bug report
+    """
+    from heatkv_cli.console import Console
+
+    console = Console(as_json=as_json, debug=debug)
+    with console.guard("heatkv doctor") as outcome:
+        from heatkv_cli import doctor as checks
+        from heatkv_cli.config import compose
+
+        plan = compose(overrides or [], command="doctor", options={"model": model, "out": out})
+        report = checks.run(plan, console)
+        console.result(report)
+        outcome.code = 0 if report["status"] == "done" else SetupError.exit_code
+    raise typer.Exit(outcome.code)

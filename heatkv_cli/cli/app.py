@@ -1,0 +1,83 @@
+"""The Typer app, its help, and how it ends; the commands are in the modules beside this one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from heatkv_cli import __version__
+from heatkv_cli.errors import EXIT_CODES, INTERRUPTED, ConfigError
+
+_EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
+_HELP = """KV-cache compression for visual autoregressive image models, measured in bytes that are really freed.
+
+\b
+Examples:
+  heatkv eval experiment=demo                                   # five methods, three budgets, a few minutes on a CPU
+  heatkv eval method=heatkv budget=0.15                         # runs every missing stage first
+  heatkv eval method=full,streaming,heatkv budget=0.2,0.1,0.04  # a comma list is a sweep
+  heatkv build-schedule model=infinity-2b budget=0.1 --orders infinity-2b.json
+  heatkv ls methods
+  heatkv doctor
+
+Files go below ./runs (--out DIR, or HEATKV_OUT). The same command goes on where it was interrupted.
+"""
+
+app = typer.Typer(
+    name="heatkv",
+    help=_HELP,
+    epilog=_EPILOG,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show versions and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --version: as JSON.", hidden=True)] = False,
+) -> None:
+    """Show versions or, with nothing else to do, help."""
+    if version:
+        from heatkv_cli.console import Console
+        from heatkv_cli.results import environment
+
+        made_with = environment()
+        Console(as_json=as_json).result(made_with)
+        if not as_json:
+            sha = (made_with["git_sha"] or "no checkout")[:12] + ("+" if made_with["git_dirty"] else "")
+            torch = made_with["packages"].get("torch", "missing")
+            typer.echo(f"heatkv {__version__} ({sha}), python {made_with['python']}, torch {torch}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; return its exit code."""
+    try:
+        code = app(args=argv, prog_name="heatkv", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has seen enough; nothing to complain about
+        return 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "heatkv"
+        typer.echo(f"error: {error.format_message()}", err=True)
+        typer.echo(f"fix: {path} -h lists the options; overrides have no dashes: key=value", err=True)
+        return int(getattr(error, "exit_code", ConfigError.exit_code))
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the `heatkv` command."""
+    sys.exit(run())

@@ -1,0 +1,213 @@
+"""The commands that run a stage: calibrate, build-schedule, generate, eval."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from heatkv_cli.cli.app import app
+from heatkv_cli.cli.options import (
+    Benchmark,
+    Budget,
+    Debug,
+    DryRun,
+    Json,
+    Limit,
+    Method,
+    Model,
+    Orders,
+    Out,
+    Overrides,
+    Quiet,
+    Shard,
+    Verbose,
+)
+from heatkv_cli.errors import PartialResultError, SetupError
+
+if TYPE_CHECKING:
+    from heatkv_cli.config import Plan
+    from heatkv_cli.console import Console
+
+
+@app.command()
+def calibrate(
+    overrides: Overrides = None,
+    model: Model = None,
+    benchmark: Benchmark = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what each head attends to, once per model.
+
+    \b
+    Examples:
+      heatkv calibrate --model tiny
+      heatkv calibrate benchmark=shapes-calibration-b       # other calibration prompts
+
+    Writes OUT/calibration/NAME/calibration.safetensors and prints how stable the head orders are.
+    """
+    options = {"model": model, "benchmark": benchmark, "out": out}
+    _stage("calibrate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+
+
+@app.command("build-schedule")
+def build_schedule(
+    overrides: Overrides = None,
+    model: Model = None,
+    method: Method = None,
+    budget: Budget = None,
+    orders: Orders = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Decide which source scale of which head goes when.
+
+    \b
+    Examples:
+      heatkv build-schedule budget=0.1
+      heatkv build-schedule model=infinity-2b budget=0.1 --orders infinity-2b.json --json   # needs no weights
+
+    Writes OUT/schedules/NAME/schedule.safetensors and prints the counts per scale and the peak.
+    """
+    options = {"model": model, "method": method, "budget": budget, "orders": orders, "out": out}
+    _stage("build-schedule", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+
+
+@app.command()
+def generate(
+    overrides: Overrides = None,
+    model: Model = None,
+    method: Method = None,
+    budget: Budget = None,
+    benchmark: Benchmark = None,
+    limit: Limit = None,
+    shard: Shard = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Make images with a compressed cache.
+
+    \b
+    Examples:
+      heatkv generate method=heatkv budget=0.1 --limit 16
+      heatkv generate method=heatkv budget=0.1 --limit all --shard 0/4    # one of four processes
+
+    Writes OUT/images/NAME/free/*.png and manifest.csv, batch by batch.
+    """
+    options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
+    options |= {"limit": limit, "shard": shard, "out": out}
+    _stage("generate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+
+
+@app.command("eval")
+def evaluate(
+    overrides: Overrides = None,
+    model: Model = None,
+    method: Method = None,
+    budget: Budget = None,
+    benchmark: Benchmark = None,
+    limit: Limit = None,
+    shard: Shard = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Measure methods; make whatever is missing first.
+
+    \b
+    Examples:
+      heatkv eval method=heatkv budget=0.15
+      heatkv eval method=full,streaming,heatkv budget=0.2,0.1,0.04 --limit 64
+      heatkv eval experiment=demo
+      heatkv eval method=heatkv metric=kl,psnr --dry-run                  # plan, bytes, missing files
+
+    Writes OUT/results.csv, one row per number, and prints a table.
+    """
+    options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
+    options |= {"limit": limit, "shard": shard, "out": out}
+    _stage("eval", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+
+
+def _stage(
+    command: str,
+    overrides: Sequence[str] | None,
+    options: dict[str, str | None],
+    dry_run: bool,
+    *,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    debug: bool,
+) -> None:
+    """Compose the plan, run one stage, say what was written and what to type next."""
+    from heatkv_cli.console import Console
+
+    console = Console(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    with console.guard(shlex.join(["heatkv", command, *given, *(overrides or [])])) as outcome:
+        from heatkv_cli.config import compose
+        from heatkv_cli.results import ensure_writable
+
+        plan = compose(overrides or [], command=command, options=options, dry_run=dry_run)
+        outcome.again, outcome.folder = plan.command_line, plan.first.out
+        if dry_run:
+            from heatkv_cli.doctor import preview
+
+            document = preview(plan, console)
+            outcome.code = SetupError.exit_code if document["missing"] else 0
+            console.result(document)
+        else:
+            ensure_writable(plan.first.out)
+            document = _stage_function(command)(plan, console)
+            following = console.following or _next_command(plan)
+            about = {"status": "done", "command": plan.command_line, "seconds": round(console.elapsed, 3)}
+            console.result({**about, **document, "next": following})
+            outcome.code = PartialResultError.exit_code if document.get("incomplete") else 0
+            if document.get("path") and Path(document["path"]).absolute() not in console.written:
+                console.wrote(Path(document["path"]))
+            if not console.following:
+                console.next(following)
+    raise typer.Exit(outcome.code)
+
+
+def _stage_function(command: str) -> Callable[[Plan, Console], dict[str, Any]]:
+    """Import one stage, and torch with it."""
+    if command == "calibrate":
+        from heatkv_cli.pipeline.calibrate import run
+    elif command == "build-schedule":
+        from heatkv_cli.pipeline.build_schedule import run
+    elif command == "generate":
+        from heatkv_cli.pipeline.generate import run
+    else:
+        from heatkv_cli.pipeline.evaluate import run
+    return run
+
+
+def _next_command(plan: Plan) -> str:
+    model = "" if plan.first.model.name == "tiny" else f" model={plan.first.model.name}"
+    if plan.command == "calibrate":
+        return f"heatkv build-schedule{model} budget=0.1"
+    if plan.command == "build-schedule":
+        return f"heatkv eval{model} method={plan.first.method.name} budget={plan.first.budget or 0.1}"
+    if plan.command == "generate":
+        return plan.command_line.replace("heatkv generate", "heatkv eval", 1)
+    return "heatkv ls experiments" if plan.experiment else "heatkv eval experiment=demo"

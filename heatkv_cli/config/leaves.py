@@ -1,0 +1,235 @@
+"""What the files of conf/ hold: one frozen dataclass per config group. The comment beside a field says what it means.
+
+Pure Python: no hydra, no torch, no file is opened here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from heatkv_cli.models.weights import WeightFile
+
+PerScale = float | tuple[float, ...]
+"""One number for all scales, or one per scale."""
+
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How bits are drawn; names as in the upstream flags.
+
+    Args:
+        cfg: guidance strength `w` in `w * cond + (1 - w) * uncond`; 1 is no guidance.
+        tau: temperature that divides the logits.
+        top_k: 0 is off, 1 is greedy; more removes nothing from a bit.
+        top_p: 0 is off; else the nucleus kept.
+        guide_layers: where guidance acts: 0 on the logits, -n on the output of the n-th layer from the end.
+    """
+
+    cfg: PerScale = 1.0
+    tau: PerScale = 1.0
+    top_k: int = 0
+    top_p: float = 0.0
+    guide_layers: tuple[int, ...] = (0,)
+
+    def per_scale(self, num_scales: int) -> dict[str, Any]:
+        """Return the fields with `cfg` and `tau` spelled out for every scale."""
+        lists = {"cfg": self.cfg, "tau": self.tau}
+        spelled = {key: item if isinstance(item, tuple) else (item,) * num_scales for key, item in lists.items()}
+        return {**asdict(self), **spelled}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The files of a model, and where they lie: in the package's assets, or where `find_file` looks.
+
+    `verify`: refuse other content than the digests say; off for weights of one's own under an official name.
+    """
+
+    place: Literal["package", "folder"] = "folder"
+    verify: bool = True
+    files: tuple[WeightFile, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """`conf/model/<name>.yaml`.
+
+    Args:
+        name: CLI value, file name and CSV cell.
+        target: dotted path of the class or function that makes the model.
+        num_layers, num_heads, head_dim: L, H, D of self-attention.
+        sink_scales: how many first scales are always kept.
+        layout_scales: scales whose bits are copied from the full run for PSNR "copied layout".
+        resolutions: the scale schedules, (height, width) of each scale, by name; at the aspect ratio.
+        resolution: which of them is used.
+        aspect_ratio: height / width of the image, for models that have several.
+        order_scales: scales at which published order files were found; empty: those of the largest resolution.
+        trained_at: resolutions the checkpoint was trained for; empty where there is no other.
+        force_resolution: make images at others as well.
+        preset: name of the sampling defaults in use; their values are in `sampling` and `params`.
+        sampling: defaults of the draws.
+        dtype: of weights and of the KV state, hence of the bytes of a budget.
+        default_benchmark: what `generate` and `eval` use when no benchmark is named.
+        calibration_prompts: the benchmark whose prompts `calibrate` uses.
+        calibration_check: a second list, whose orders `calibrate` compares with the first one's.
+        weights: files, digests, licences.
+        params: the remaining arguments of `target`.
+    """
+
+    name: str
+    target: str
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    sink_scales: int
+    layout_scales: tuple[int, ...]
+    resolutions: dict[str, tuple[tuple[int, int], ...]]
+    resolution: str
+    sampling: Sampling
+    dtype: Literal["float32", "bfloat16", "float16"]
+    default_benchmark: str
+    calibration_prompts: str
+    calibration_check: str
+    aspect_ratio: float = 1.0
+    order_scales: tuple[tuple[int, int], ...] = ()
+    trained_at: tuple[str, ...] = ()
+    force_resolution: bool = False
+    preset: str = ""
+    weights: Weights = field(default_factory=Weights)
+    params: dict[str, Any] = field(default_factory=dict)
+    paper: str = ""
+    note: str = ""
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each scale at the chosen resolution."""
+        return self.resolutions[self.resolution]
+
+    @property
+    def shape_label(self) -> str:
+        """Resolution, and the aspect ratio where it is not square: "1M", "1M@1.5"."""
+        return self.resolution + ("" if self.aspect_ratio == 1 else f"@{self.aspect_ratio:g}")
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the checkpoint was trained for other resolutions only."""
+        return bool(self.trained_at) and self.resolution not in self.trained_at
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one number of the KV state."""
+        return DTYPE_BYTES[self.dtype]
+
+    def identity(self) -> dict[str, Any]:
+        """What of the model can change an image; the digest of its weights is added by whoever opens them.
+
+        The aspect ratio is in the sizes, the preset in the values it stands for.
+        """
+        return {
+            "name": self.name,
+            "target": self.target,
+            "dims": [self.num_layers, self.num_heads, self.head_dim],
+            "sink_scales": self.sink_scales,
+            "layout_scales": self.layout_scales,
+            "resolution": self.resolution,
+            "sizes": self.sizes,
+            "sampling": asdict(self.sampling),
+            "dtype": self.dtype,
+            "params": self.params,
+            **({"forced_resolution": True} if self.untrained else {}),
+        }
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """`conf/method/<name>.yaml`.
+
+    Args:
+        name: CLI value and CSV cell.
+        target: dotted path of the method's dataclass.
+        needs: "calibration" where the method reads a calibration artifact, else None.
+        budgetless: the method has no budget, it always keeps everything (`full`).
+        params: the paper's parameters; every other key of the YAML.
+    """
+
+    name: str
+    target: str
+    needs: Literal["calibration"] | None = None
+    budgetless: bool = False
+    params: dict[str, Any] = field(default_factory=dict)
+    paper: str = ""
+    note: str = ""
+
+    def identity(self) -> dict[str, Any]:
+        """What of the method can change an image."""
+        return {"name": self.name, "target": self.target, "params": self.params}
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """`conf/benchmark/<name>.yaml`: a versioned list of prompts.
+
+    Args:
+        name: CLI value and CSV cell.
+        target: dotted path of the class or function that reads the prompts.
+        version: changes whenever a prompt changes.
+        default_metrics: what `eval` computes when no metric is named.
+        params: every other key of the YAML.
+    """
+
+    name: str
+    target: str
+    version: str
+    default_metrics: tuple[str, ...] = ()
+    params: dict[str, Any] = field(default_factory=dict)
+    paper: str = ""
+    note: str = ""
+
+    def identity(self) -> dict[str, Any]:
+        """What of the benchmark can change an image."""
+        return {"name": self.name, "version": self.version, "target": self.target, "params": self.params}
+
+
+@dataclass(frozen=True)
+class MetricConfig:
+    """`conf/metric/<name>.yaml`.
+
+    Args:
+        name: CLI value and CSV cell.
+        target: dotted path of the metric's class.
+        needs: the pass it reads: "free", "layout" or "forced"; None where the class itself says it.
+        params: every knob that changes the number; every other key of the YAML.
+    """
+
+    name: str
+    target: str
+    needs: Literal["free", "layout", "forced"] | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+    paper: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """`conf/runtime/<name>.yaml`.
+
+    Args:
+        device: "cpu" or "cuda".
+        device_index: which GPU; never part of a hash.
+        threads: CPU threads of torch; None leaves torch's own choice; never part of a hash.
+        attention: back end of ragged attention; "varlen" needs CUDA, "masked" is the slow dense oracle.
+        batch_size: prompts per batch (guidance doubles the rows).
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    device_index: int = 0
+    threads: int | None = None
+    attention: Literal["auto", "grouped", "varlen", "masked"] = "auto"
+    batch_size: int = 8
+
+    def identity(self) -> dict[str, Any]:
+        """What of the machinery can change a float, and so a pixel."""
+        return {"device": self.device, "attention": self.attention, "batch_size": self.batch_size}

@@ -1,0 +1,117 @@
+"""generate with an official model at tiny size: text is encoded once, and the encoder may be gone after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+import infinity_golden as golden
+from infinity_files import flat, official, pixels, wrapped
+from t5_files import write_t5
+
+from heatkv_cli.config import compose
+from heatkv_cli.console import Console
+from heatkv_cli.errors import ArtifactError, SetupError
+from heatkv_cli.models.infinity.text_t5 import T5Encoder
+from heatkv_cli.pipeline import generate, setup
+from heatkv_cli.results import RunFolder, read_meta
+
+SMALL = [
+    "model=infinity-2b", "model.resolution=0.06M", "model.num_layers=4", "model.num_heads=4", "model.head_dim=16",
+    "model.params.width=64", "model.params.block_chunks=2", "model.params.text_channels=256",
+    "model.params.text_length=32", f"model.params.tokenizer.bits={golden.CODES['A'].bits}",
+    "model.params.tokenizer.base_channels=32", f"model.params.tokenizer.multipliers={[*golden.MULTIPLIERS['A']]}",
+    "benchmark=shapes", "runtime.batch_size=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("weights")
+    flat(folder, official("A")).rename(folder / "infinity_2b_reg.pth")
+    wrapped(folder, pixels("A")).rename(folder / "infinity_vae_d32reg.pth")
+    write_t5(folder / "flan-t5-xl", 256)
+    return folder
+
+
+def make(weights: Path, out: Path, *overrides: str) -> tuple[Path, dict[str, bytes]]:
+    """Generate; returns the run's folder and its images."""
+    plan = compose([*SMALL, f"weights={weights}", f"out={out}", *overrides], command="generate")
+    generate.run(plan, Console(quiet=True))
+    (run,) = (out / "images").iterdir()
+    return run, {path.name: path.read_bytes() for path in (run / "free").glob("*.png")}
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry for each time the encoder is read."""
+    seen: list[str] = []
+    load = T5Encoder.load
+
+    def spied(self: T5Encoder) -> None:
+        if self._loaded is None:
+            seen.append(str(self.folder))
+        load(self)
+
+    monkeypatch.setattr(T5Encoder, "load", spied)
+    return seen
+
+
+def test_text_is_encoded_once_and_the_encoder_may_go(weights: Path, tmp_path: Path, loads: list[str]) -> None:
+    run, images = make(weights, tmp_path / "out", "method=full", "limit=4")
+    assert len(images) == 4 and len(loads) == 1  # two batches, one look at the encoder
+    row = RunFolder.reading(run / "free").row(next(iter(images)).removesuffix(".png"))
+    assert row is not None
+    numbers = json.loads(row["numbers_json"])
+    assert 0 < numbers["text_seconds"] < numbers["seconds_per_image"]
+
+    bare = tmp_path / "bare"
+    shutil.copytree(weights, bare, ignore=shutil.ignore_patterns("flan*"))
+    # another folder of results, no encoder: the very same run
+    text = tmp_path / "out" / "text"
+    other, again = make(bare, tmp_path / "other", "method=full", "limit=4", f"text={text}")
+    assert other.name == run.name and again == images and len(loads) == 1
+    assert (read_meta(other) or {})["weights_sha256"] == (read_meta(run) or {})["weights_sha256"]
+
+    with pytest.raises(SetupError, match=r"lacks the text features of 2 prompts") as caught:
+        make(bare, tmp_path / "out", "method=full", "limit=6")
+    assert "text=DIR" in caught.value.hint
+    with pytest.raises(SetupError, match="flan-t5-xl is missing"):
+        make(bare, tmp_path / "fresh", "method=full", "limit=4")
+    make(weights, tmp_path / "out", "method=full", "limit=6")  # the encoder is back: what is missing, and no more
+    assert len(loads) == 2 and len(list(text.rglob("*.safetensors"))) == 6
+
+
+def test_a_sweep_reads_what_is_there(weights: Path, tmp_path: Path, loads: list[str]) -> None:
+    make_all = compose(
+        [*SMALL, f"weights={weights}", f"out={tmp_path}", "method=full,sinks", "budget=0.5", "limit=2"],
+        command="generate",
+    )
+    generate.run(make_all, Console(quiet=True))
+    assert len(loads) == 1
+
+
+def test_precision_and_positive_prompt_reach_the_encoder(weights: Path, tmp_path: Path) -> None:
+    features = []
+    for change in ("t5_dtype=float16", "t5_dtype=bfloat16"):
+        cfg = compose([*SMALL, f"weights={weights}", f"out={tmp_path}", f"model.params.{change}"]).first
+        model = setup.load_model(cfg, setup.weight_files(cfg))
+        model.prepare(["a red circle"], setup.text_root(cfg))
+        features.append(model.encode(["a red circle"]).features)
+    assert 0 < (features[0] - features[1]).abs().max() < 0.2
+    assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 2
+
+
+def test_the_features_of_another_encoder(weights: Path, tmp_path: Path) -> None:
+    root = tmp_path / ("0" * 64)
+    root.mkdir()
+    with pytest.raises(ArtifactError, match="another encoder"):
+        make(weights, tmp_path / "out", "method=full", "limit=2", f"text={root}")
