@@ -172,14 +172,12 @@ class Detector:
         state = content.get("state_dict", content)
         if any(key.startswith("panoptic_head.") for key in state):
             state = to_transformers(state, path)
-        state = {_today(key): value for key, value in state.items()}
-        # The loss's class weights and a norm behind the last stage take no part in detection; mmdet has neither.
         own = net.state_dict()
-        idle = [
-            key for key in own if key.startswith(("criterion.", "model.pixel_level_module.encoder.swin.layernorm."))
-        ]
-        state = {key: value for key, value in state.items() if key in own or not _DERIVED.fullmatch(key)}
-        load_exactly(net, {**{key: own[key] for key in idle}, **state}, path)
+        place = {_today(key): key for key in own}  # checkpoint and installed library may have names of different days
+        state = {place.get(_today(key), key): value for key, value in state.items() if not _DERIVED.fullmatch(key)}
+        # The loss's class weights and a norm behind the last stage take no part in detection; mmdet has neither.
+        state = {key: own[key] for name, key in place.items() if _IDLE.match(name) or _DERIVED.fullmatch(key)} | state
+        load_exactly(net, state, path)
         self._net, self._device = net.float().to(device).eval(), device
 
     @torch.inference_mode()
@@ -201,6 +199,7 @@ class Detector:
 
 
 _DERIVED = re.compile(r".*\.relative_position_index")
+_IDLE = re.compile(r"criterion\.|model\.pixel_level_module\.encoder\.swin\.layernorm\.")
 _RENAMED = (
     (r"(model\.pixel_level_module\.encoder\.)(embeddings|encoder|layernorm)\.", r"\1swin.\2."),
     (
@@ -215,7 +214,7 @@ _RENAMED = (
 
 
 def _today(key: str) -> str:
-    """A Swin key of checkpoints from before transformers 5 under its present name; any other as it is."""
+    """A Swin key of transformers 4 under its name in transformers 5; any other as it is."""
     for pattern, target in _RENAMED:
         key = re.sub(pattern, target, key)
     return key

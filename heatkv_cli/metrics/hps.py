@@ -84,6 +84,11 @@ def preprocess(image: Image, size: int = 224, *, antialias: bool = True) -> Tens
     return F.normalize(pixels, CLIP_MEAN, CLIP_STD)
 
 
+def versions_of(scorer: Scorer) -> str:
+    """What an official back end runs on, for the table of images; '' for our own networks."""
+    return ", ".join(f"{name} {version}" for name, version in getattr(scorer, "versions", {}).items())
+
+
 class NativeScorer:
     """HPSv2's checkpoint in open_clip.
 
@@ -209,8 +214,9 @@ class HPS:
         """
         images = [image_of(self.name, sample) for sample in samples]
         cosines = self._scorer(images, [sample.prompt for sample in samples])
+        note = versions_of(self._scorer)
         return [
-            Score(sample.prompt_id, sample.index, 100 * cosine, str(sample.meta.get("style", "")))
+            Score(sample.prompt_id, sample.index, 100 * cosine, str(sample.meta.get("style", "")), note=note)
             for sample, cosine in zip(samples, cosines, strict=True)
         ]
 

@@ -18,7 +18,7 @@ from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, image_of
 from heatkv_cli.metrics.blip import RewardNet, Sizes
 from heatkv_cli.metrics.clip_input import cropped, read_picture
-from heatkv_cli.metrics.hps import Scorer
+from heatkv_cli.metrics.hps import Scorer, versions_of
 from heatkv_cli.metrics.official import OfficialScorer
 from heatkv_cli.metrics.summary import Bootstrap, mean_value
 from heatkv_cli.metrics.weights import WeightsFile, find_weights, load_exactly, package, read_checkpoint, weights_sha256
@@ -199,7 +199,8 @@ class ImageReward:
         """
         images = [image_of(self.name, sample) for sample in samples]
         rewards = self._scorer(images, [sample.prompt for sample in samples])
-        return [Score(s.prompt_id, s.index, reward) for s, reward in zip(samples, rewards, strict=True)]
+        note = versions_of(self._scorer)
+        return [Score(s.prompt_id, s.index, reward, note=note) for s, reward in zip(samples, rewards, strict=True)]
 
     def summarise(self, scores: Sequence[Score], baseline: Sequence[Score] | None = None) -> list[Value]:
         """Mean over all pictures.

@@ -146,6 +146,7 @@ def test_official_back_end_is_asked_as_the_worker_expects(
     class Recorder:
         def __init__(self, *arguments: Any) -> None:
             asked.append(arguments)
+            self.versions = {"hpsv2": "1.2.0", "torchvision": "0.16"}
 
         def __call__(self, images: list[Any], prompts: list[str]) -> list[float]:
             return [0.5] * len(images)
@@ -154,7 +155,8 @@ def test_official_back_end_is_asked_as_the_worker_expects(
         (nowhere / name).write_bytes(b"x")
     monkeypatch.setattr(hps, "OfficialScorer", Recorder)
     monkeypatch.setattr(image_reward, "OfficialScorer", Recorder)
-    assert HPS(backend="official", python="py", device="cuda:1").score(SAMPLE).value == 50
+    score = HPS(backend="official", python="py", device="cuda:1").score(SAMPLE)
+    assert (score.value, score.note) == (50, "hpsv2 1.2.0, torchvision 0.16")
     assert ImageReward(backend="official", python="py", timeout=7).score(SAMPLE).value == 0.5
     checkpoint = str(nowhere / "HPS_v2.1_compressed.pt")
     assert asked[0] == ("hpsv2", "py", {"checkpoint": checkpoint, "release": "v2.1", "device": "cuda:1"}, 600.0)
