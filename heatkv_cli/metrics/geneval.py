@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
+from heatkv_cli.errors import ArtifactError, ConfigError, HeatKVError, SetupError
 from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, image_of
 from heatkv_cli.metrics.clip_input import read_picture
 from heatkv_cli.metrics.colours import CHECKPOINT, ColourNamer
@@ -140,16 +140,26 @@ class GenEval:
         return self if self.detections else replace(self, detections=str(path))
 
     @cached_property
-    def _eyes(self) -> tuple[Detector, ColourNamer]:
-        detector, clip = self.weights
-        config = None if self.detector_config is None else dict(self.detector_config)
-        eyes = Detector(detector, self.device, config), ColourNamer(clip, self.clip_arch, self.device)
+    def _opened(self) -> tuple[Detector, ColourNamer] | HeatKVError:
+        """The networks, or why they are of no use: found out once, and not for every picture."""
+        try:
+            detector, clip = self.weights
+            config = None if self.detector_config is None else dict(self.detector_config)
+            eyes = Detector(detector, self.device, config), ColourNamer(clip, self.clip_arch, self.device)
+        except HeatKVError as error:
+            return error
         if self.self_test and (wrong := check(*eyes)):
-            raise ArtifactError(
+            return ArtifactError(
                 f"metric geneval refuses to judge: {wrong}",
                 "check the weights with 'heatkv doctor'; metric.geneval.self_test=false goes on all the same",
             )
         return eyes
+
+    @property
+    def _eyes(self) -> tuple[Detector, ColourNamer]:
+        if isinstance(self._opened, HeatKVError):
+            raise self._opened
+        return self._opened
 
     @cached_property
     def _known(self) -> dict[tuple[str, int], dict[str, Any]]:
@@ -206,13 +216,16 @@ class GenEval:
         if sample.image is not None:
             expected["image_sha256"] = hashlib.sha256(np.ascontiguousarray(sample.image).tobytes()).hexdigest()
         known = self._known.get((sample.prompt_id, sample.index))
-        if known is not None and all(known.get(key) == value for key, value in expected.items()):
+        same = known is not None and all(known.get(key) == value for key, value in expected.items())
+        if known is not None and same and known["min_score"] <= self.min_score and known["most"] >= self.max_objects:
             return known
         image = image_of(self.name, sample)
         record = {"prompt_id": sample.prompt_id, "index": sample.index, "size": list(image.shape[:2])}
         record |= {
             "detector": self.detector,
             "clip": self.clip_arch,
+            "min_score": self.min_score,
+            "most": self.max_objects,
             **expected,
             "objects": self._look(image, metadata),
         }

@@ -19,7 +19,7 @@ from heatkv_cli.metrics import geneval as module
 from heatkv_cli.metrics.base import ImageMetric, Sample, Score
 from heatkv_cli.metrics.colours import COLOURS, ColourNamer, cut_out
 from heatkv_cli.metrics.decisions import TASKS, Rules
-from heatkv_cli.metrics.detector import NAMES, Instance
+from heatkv_cli.metrics.detector import NAMES, Detector, Instance
 from heatkv_cli.metrics.geneval import KNOWN, GenEval, read_detections, rescore
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip_torch (extra geneval) is not installed")
@@ -182,6 +182,9 @@ def test_detector_colours_and_judgement_together(files: dict[str, str], tmp_path
         blind.score(replace(samples[0], image=PICTURE + 1))  # another picture is looked at again
     with pytest.raises(SetupError, match="/gone"):
         blind.score(replace(samples[0], meta=samples[4].meta))  # and so is another question
+    for other in (replace(blind, max_objects=17), replace(blind, min_score=-1.0)):
+        with pytest.raises(SetupError, match="/gone"):
+            other.score(samples[0])  # the lines do not say enough for this
 
 
 def test_interrupted_file_goes_on(files: dict[str, str], tmp_path: Path) -> None:
@@ -204,11 +207,17 @@ def test_writing_to_respects_the_configured_file(tmp_path: Path) -> None:
     assert GenEval(detections="mine").writing_to(tmp_path / "a").detections == "mine"
 
 
-def test_self_test_refuses_networks_that_see_nonsense(files: dict[str, str]) -> None:
+def test_self_test_refuses_networks_that_see_nonsense(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     judge = metric(files, self_test=True)
-    with pytest.raises(ArtifactError, match="refuses to judge: on a picture of one cat the detector sees") as caught:
-        judge.score(ask("single_object", {"class": "cat", "count": 1}))
+    loaded: list[Any] = []
+    monkeypatch.setattr(module, "Detector", lambda *args: loaded.append(args) or Detector(*args))
+    for _ in range(2):
+        with pytest.raises(
+            ArtifactError, match="refuses to judge: on a picture of one cat the detector sees"
+        ) as caught:
+            judge.score(ask("single_object", {"class": "cat", "count": 1}))
     assert "self_test=false" in caught.value.hint
+    assert len(loaded) == 1  # not once per picture
     assert judge.self_check().startswith("on a picture of one cat")
 
 
