@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from heatkv_cli.benchmarks.base import ORIGINAL
 from heatkv_cli.config import Plan, RunConfig
 from heatkv_cli.console import Console
 from heatkv_cli.errors import ConfigError
@@ -173,7 +174,7 @@ def _items(job: Job, kind: str, full: Evaluated | None) -> list[Item]:
 def _sample(image: setup.Image, numbers: str, file: Path | None, reference: Path | None) -> Sample:
     return Sample(
         prompt_id=image.item.id,
-        prompt=image.item.prompt,
+        prompt=image.item.meta.get(ORIGINAL, image.item.prompt),
         meta=image.item.meta,
         image=None if file is None else read_image(file),
         reference=None if reference is None else read_image(reference),

@@ -30,6 +30,7 @@ from heatkv_cli.metrics.base import (
     Value,
     score_batch,
 )
+from heatkv_cli.metrics.geneval import GenEval
 from heatkv_cli.metrics.moments import Gaussian
 from heatkv_cli.results import RunFolder
 
@@ -38,7 +39,10 @@ Status = Literal["ok", "partial", "skipped", "failed"]
 
 SCORE_ROWS = ("image_id", "key", "prompt_id", "sample", "value", "stratum", "parts_json", "note", "status")
 FEATURE_ROWS = ("image_id", "key", "block", "place", "status")
-_NOT_IN_SCORES = {"resamples", "confidence", "seed", "batch_size", "device", "weights", "timeout", "python"}
+_NOT_IN_SCORES = {
+    "resamples", "confidence", "seed", "batch_size", "device", "timeout", "python", "detections",
+    "weights", "detector_weights", "clip_weights", "vocabulary", "med_config",
+}  # fmt: skip
 """Parameters that change intervals, speed or places, but no image's number (weights count by their digest)."""
 _ROWS = 1024
 """Features handed to the statistics at once."""
@@ -112,6 +116,8 @@ def measure(
         ConfigError: the prompt list lacks what the metric needs.
         SetupError: the folder cannot be written.
     """
+    if isinstance(metric, GenEval):
+        metric = metric.writing_to(folder / "detections" / f"{shard[0]}-of-{shard[1]}.jsonl")
     try:
         digest = _attempt(lambda: str(getattr(metric, "weights_sha256", "")))
         errors: dict[str, str] = {}
