@@ -136,4 +136,5 @@ class InfinityModel:
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, d, H, W) -> RGB uint8 (B, height, width, 3)."""
-        return self.tokenizer.decode_uint8(latent)
+        # one by one: at 1024 x 1024 the decoder holds 3 GB an image, more than all scales together
+        return torch.cat([self.tokenizer.decode_uint8(image) for image in latent.split(1)])
