@@ -19,7 +19,7 @@ test: $(VENV)/.dev  ## install with the tools, then run the tests
 	$(BIN)/python -m pytest -n $(TEST_JOBS) -m "not slow and not gpu"
 
 test-all: $(VENV)/.dev  ## also the tests that take minutes, or a GPU where there is one
-	$(BIN)/python -m pytest -n $(TEST_JOBS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) -m ""  # -m of pyproject leaves out the slow ones
 
 check: $(VENV)/.dev  ## format, lint, types, import rules, file sizes
 	$(BIN)/ruff format --check .

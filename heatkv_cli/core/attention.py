@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heatkv_cli.core.timeline import staged
+
 CHUNK_ELEMENTS = 1 << 22  # probabilities held at once while statistics are computed: 16 MiB in float32
 
 
@@ -98,6 +100,7 @@ def _varlen_kernel(
     return out
 
 
+@staged("/join")
 def _packed(history: Tensor, current: Tensor, lengths: Sequence[int]) -> Tensor:
     """History (B, sum of lengths, D) and current (B, H, N, D) interleaved by head: (B, sum of both, D)."""
     if not current.shape[2]:
@@ -111,6 +114,7 @@ def _gathered(x: Tensor, heads: Sequence[int]) -> Tensor:
     return torch.stack([x[:, head] for head in heads], 1)
 
 
+@staged("/join")
 def _joined(history: Tensor, current: Tensor, heads: Sequence[int]) -> Tensor:
     """History (B, G, n, D) and the heads' share of the current scale (B, H, N, D) along the tokens, copied once."""
     every = len(heads) == current.shape[1]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from heatkv_cli.core.ledger import Ledger
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
@@ -39,8 +42,8 @@ def test_ratios() -> None:
     made = ledger()
     made.visited(15, 60)
     made.working(9)
-    made.attending([3, 4, 5])
-    made.attending([1, 1, 1])
+    made.attending(1, [3, 4, 5])
+    made.attending(2, [1, 1, 1])
     full = 2 * 3 * 5 * SLOT  # layers, heads, P
     everything = 2 * 3 * (1 + 5 + 14)  # what a full cache attends to at scale 0, 1, 2
     assert made.ratios() == pytest.approx(
@@ -55,11 +58,14 @@ def test_ratios() -> None:
     )
 
 
-def test_time_is_booked_per_stage() -> None:
-    made = ledger()
-    now = made.spent("attention", 0.0)
-    assert now > 0
-    later = made.spent("attention", now)
-    assert later >= now
-    assert made.seconds["attention"] == pytest.approx(later)
-    assert "policy" not in made.seconds
+def test_flops_are_those_torch_counts() -> None:
+    made, each = ledger(), []
+    for scale, keys in enumerate([(1, 1, 1), (5, 4, 5), (14, 9, 10)]):
+        made.attending(scale, keys)
+        with FlopCounterMode(display=False) as counter:
+            for count in keys:
+                q, k = torch.ones(ROWS, 1, GEOMETRY.schedule.lengths[scale], 8), torch.ones(ROWS, 1, count, 8)
+                with sdpa_kernel(SDPBackend.MATH):
+                    torch.nn.functional.scaled_dot_product_attention(q, k, k)
+        each.append(counter.get_total_flops())
+    assert made.attention_flops == each

@@ -110,7 +110,7 @@ class InfinityModel:
             cfg = sampling.cfg[s]
             guide = {depth + n: cfg for n in sampling.guide_layers if n < 0} if cfg != 1 else None
             rope = self.rope[:, schedule.offsets[s] : schedule.offsets[s + 1]]
-            hidden = self.transformer.blocks(x, torch.tensor(s, device=x.device), cond, rope, cache, guide)
+            hidden = self.transformer.blocks(x, s, cond, rope, cache, guide)
             cache.end_scale()
             if cfg != 1 and 0 in sampling.guide_layers:
                 yes, no = self.transformer.logits(hidden, cond).chunk(2)
@@ -123,7 +123,7 @@ class InfinityModel:
                 drawn = draw_bits(logits / sampling.tau[s], sampling.top_k, sampling.top_p, generators)
                 bits = self.codes.to_grid(drawn, size)
             if fixed is not None:
-                bits = fixed.to(x.device)
+                bits = fixed.to(x.device, non_blocking=True)
             elif generators is None:
                 raise ValueError(f"scale {s} is not forced and there are no generators to draw it with")
             bits_of.append(bits)
@@ -135,6 +135,9 @@ class InfinityModel:
         return Trace(tuple(bits_of), tuple(logits_of), latent)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents (B, d, H, W) -> RGB uint8 (B, height, width, 3)."""
+        """Latents (B, d, H, W) -> RGB uint8 (B, height, width, 3).
+
+        Differs: upstream decodes under bfloat16 autocast, here it is float32; pixels differ by a few levels.
+        """
         # one by one: at 1024 x 1024 the decoder holds 3 GB an image, more than all scales together
         return torch.cat([self.tokenizer.decode_uint8(image) for image in latent.split(1)])

@@ -3,9 +3,10 @@
 Source: FoundationVision/Infinity @ 4c27bbb (`infinity/models/infinity.py`, `basic.py`), checked against golden vectors.
 Every self-attention is one call of `Attend.attend`: a KV cache while generating, whole-sequence attention in training.
 
-Precision: linear layers run in the dtype of their weights, norms, softmax temperatures, rotations and the residual
-stream in float32. Differs: upstream's CUDA autocast keeps the residual in bf16 up to the first cross-attention of a
-scale; here it is float32 throughout.
+Precision is that of upstream's CUDA autocast, written out: blocks are in the model's dtype, everything else is stored
+in float32; every linear layer computes in the model's dtype but for the modulations and the head, which are float32,
+as norms, temperatures, rotations and the modulation itself are. The residual stream of a scale begins in the dtype of
+its embedded tokens and is float32 from the first cross-attention on. In float32 nothing of this is seen.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class Text:
         """Additive-free boolean mask (R, 1, 1, M), or None when every row fills the width."""
         if min(self.lengths) == self.features.shape[1]:
             return None
-        lengths = torch.tensor(self.lengths, device=self.features.device)
-        return (torch.arange(self.features.shape[1], device=lengths.device) < lengths[:, None])[:, None, None]
+        mask = torch.arange(self.features.shape[1]) < torch.tensor(self.lengths)[:, None]
+        return mask[:, None, None].to(self.features.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,10 @@ class Conditioning:
     cross: tuple[tuple[Tensor, Tensor], ...]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x.to(weight.dtype), weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Linear layer in `dtype` (None: that of the weight), whatever its numbers come in."""
+    dtype = dtype or weight.dtype
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 class SelfAttention(nn.Module):
@@ -143,7 +146,8 @@ class SelfAttention(nn.Module):
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv = linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        temperature = self.scale_mul_1H11.float().clamp(max=MAX_LOG_SCALE).exp()
+        # clamped in its own dtype: in bfloat16 the largest temperature is 98.9
+        temperature = self.scale_mul_1H11.clamp(max=MAX_LOG_SCALE).float().exp()
         q = rotate(F.normalize(q.float(), dim=-1) * temperature, rope)
         k = rotate(F.normalize(k.float(), dim=-1), rope)
         return q.to(v.dtype), k.to(v.dtype), v
@@ -214,9 +218,10 @@ class Block(nn.Module):
     def after(self, x: Tensor, y: Tensor, ada: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Everything after attention: residual and attention output y (R, H, N, D) -> residual."""
         gate1, gate2, _, scale, _, shift = (self.ada_gss.float() + ada).unbind(2)
-        x = x + gate1 * self.sa.output(y)
+        y = self.sa.output(y)
+        x = x + (gate1 * y).to(y.dtype)  # in place upstream, so rounded; the FFN's gate is not
         normed = F.layer_norm(x.float(), x.shape[-1:], self.ca_norm.weight.float(), self.ca_norm.bias.float(), NORM_EPS)
-        x = x + self.ca(normed, kv, mask)
+        x = x + self.ca(normed, kv, mask).float()
         return x + gate2 * self.ffn(modulate(x, scale, shift))
 
 
@@ -243,12 +248,12 @@ class _PoolAttention(nn.Module):
         self.mat_kv = nn.Linear(channels, 2 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, text: Tensor, mask: Tensor | None) -> Tensor:
-        kv = linear(text, self.mat_kv.weight, torch.cat((self.zero_k_bias, self.v_bias)))
+    def forward(self, text: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        kv = linear(text, self.mat_kv.weight, torch.cat((self.zero_k_bias, self.v_bias)), dtype)
         k, v = kv.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q = self.mat_q.to(k.dtype).unsqueeze(2).expand(len(k), -1, -1, -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return linear(y.transpose(1, 2).flatten(1), self.proj.weight, self.proj.bias)
+        return linear(y.transpose(1, 2).flatten(1), self.proj.weight, self.proj.bias, dtype)
 
 
 class _StartProjection(nn.Module):
@@ -297,6 +302,11 @@ class Infinity(nn.Module):
         """Blocks in order, over all chunks."""
         return [block for chunk in self.block_chunks for block in chunk.module]  # type: ignore[union-attr]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the blocks, and of every linear layer's arithmetic but the modulations' and the head's."""
+        return self.layers()[0].ffn.fc1.weight.dtype
+
     def unconditional(self, text: Text) -> list[Tensor]:
         """The learned text of guidance, one (L_i, Ct) a row: as long as the row's own prompt."""
         return [self.cfg_uncond[:n] for n in text.lengths]
@@ -304,12 +314,15 @@ class Infinity(nn.Module):
     @staged("condition")
     def condition(self, text: Text) -> Conditioning:
         """Text features -> everything the blocks need of them (all rows, guidance rows included)."""
-        mask, normed = text.mask(), self.text_norm(text.features)
-        sos = self.text_proj_for_sos.ca(normed, mask).float()
-        projected = self.text_proj_for_ca(normed.to(self.text_proj_for_ca[0].weight.dtype))
+        mask, normed, dtype = text.mask(), self.text_norm(text.features), self.dtype
+        sos = self.text_proj_for_sos.ca(normed, mask, dtype).float()
+        first, gelu, second = self.text_proj_for_ca
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        projected = gelu(linear(normed, first.weight, first.bias, dtype))
+        projected = linear(projected, second.weight, second.bias, dtype)
         return Conditioning(
             sos=sos,
-            ada=self.shared_ada_lin(sos.to(self.shared_ada_lin[1].weight.dtype)).float().unflatten(-1, (1, 6, -1)),
+            ada=self.shared_ada_lin(sos).float().unflatten(-1, (1, 6, -1)),
             head=self.head_nm.ada_lin(sos).float().unflatten(-1, (1, 2, -1)),
             text=projected,
             mask=mask,
@@ -321,13 +334,13 @@ class Infinity(nn.Module):
         return cond.sos[:, None] + self.pos_start
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Latent tokens (B, N, token_bits) -> (B, N, C)."""
-        return linear(tokens, self.word_embed.weight, self.word_embed.bias).float()
+        """Latent tokens (B, N, token_bits) -> (B, N, C) in the model's dtype."""
+        return linear(tokens, self.word_embed.weight, self.word_embed.bias, self.dtype)
 
     def blocks(
         self,
         x: Tensor,
-        levels: Tensor,
+        level: Tensor | int,
         cond: Conditioning,
         rope: Tensor,
         cache: Attend,
@@ -337,7 +350,7 @@ class Infinity(nn.Module):
 
         Args:
             x: inputs (R, N, C).
-            levels: scale index of each token, long (N,), or a scalar for all.
+            level: scale index of all tokens, or of each, long (N,).
             cond: conditioning of the R rows.
             rope: rows of the table that belong to the tokens, (2, N, D/2).
             cache: where attention happens.
@@ -347,10 +360,10 @@ class Infinity(nn.Module):
         Returns:
             Hidden state (R, N, C), float32.
         """
-        level, index = self.lvl_embed(levels).float(), 0
+        offset, index = self.lvl_embed.weight[level], 0
         for number, chunk in enumerate(self.block_chunks):
             if number == 0 or not self.config.level_embed_once:
-                x = x + level
+                x = (x + offset).to(x.dtype)
             for block in chunk.module:  # type: ignore[union-attr]
                 q, k, v = block.before(x, cond.ada, rope)
                 y = cache.attend(index, q, k, v, 1.0)
