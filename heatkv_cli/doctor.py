@@ -6,6 +6,7 @@ Called by the command line only. A failed check is a row with its fix, never an 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import platform
 import shutil
@@ -16,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from heatkv_cli.config import Plan, RunConfig
+from heatkv_cli.config import Plan, RunConfig, config_hash
 from heatkv_cli.console import Console, size_text
 from heatkv_cli.errors import HeatKVError
 from heatkv_cli.pipeline import setup
@@ -153,13 +154,17 @@ def preview(plan: Plan, ui: Console) -> dict[str, Any]:
         The resolved config of every run, sizes in bytes, and under `missing` what is not there, each with its fix.
     """
     first = plan.first
-    checks = [_device(first), *_weights(first), *_prompts(first), *_disk(first.out)]
+    needed = [
+        *(_weights(run) for run in _first_of(plan, "model")),
+        *(_prompts(run) for run in _first_of(plan, "benchmark")),
+    ]
+    checks = list(dict.fromkeys([_device(first), *itertools.chain.from_iterable(needed), *_disk(first.out)]))
     if plan.command == "build-schedule" and first.orders is not None:
         checks = [
             Check("orders", first.orders.is_file(), str(first.orders), "name an existing file with --orders FILE")
         ]
     missing = [check for check in checks if check.ok is False]
-    plans = [None if plan.command == "calibrate" else byte_plan(run) for run in plan.runs]
+    plans = [None] * len(plan.runs) if plan.command == "calibrate" else _byte_plans(plan)
     _show_runs(plan, plans, ui)
     for key, value in sorted(_flat(first.plain())):
         ui.detail(f"  {key}: {value}")
@@ -172,6 +177,23 @@ def preview(plan: Plan, ui: Console) -> dict[str, Any]:
         "runs": [_planned(run, bytes_) for run, bytes_ in zip(plan.runs, plans, strict=True)],
         "missing": [asdict(check) for check in missing],
     }
+
+
+def _first_of(plan: Plan, group: str) -> list[RunConfig]:
+    """The first run of each model, or benchmark, of a sweep."""
+    return list({getattr(run, group).name: run for run in reversed(plan.runs)}.values())[::-1]
+
+
+def _byte_plans(plan: Plan) -> list[BytePlan | None]:
+    """A plan for each run; runs that differ in nothing but prompts share one."""
+    found: dict[str, BytePlan | None] = {}
+    keys = []
+    for run in plan.runs:
+        parts = {"model": run.model.identity(), "method": run.method.identity(), "runtime": run.runtime.identity()}
+        keys.append(config_hash({**parts, "budget": run.budget, "rho": run.rho}))
+        if keys[-1] not in found:
+            found[keys[-1]] = byte_plan(run)
+    return [found[key] for key in keys]
 
 
 def _planned(run: RunConfig, plan: BytePlan | None) -> dict[str, Any]:
@@ -217,7 +239,7 @@ def _show_bytes(run: RunConfig, plan: BytePlan, ui: Console) -> None:
         for line in plan.lines(_batches(run))
     ]  # fmt: skip
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.model.weights.items())
-    about = "" if plan.exact else "; KV kept: at most, its orders are not known yet"
+    about = "" if plan.exact else "; an estimate: its orders are not known yet, or it looks at keys"
     ui.table(columns, rows, f"bytes of {run.method.name} at {run.budget_label} ({parts}{about})")
 
 
