@@ -75,6 +75,7 @@ class ModelConfig:
         default_benchmark: what `generate` and `eval` use when no benchmark is named.
         calibration_prompts: the benchmark whose prompts `calibrate` uses.
         calibration_check: a second list, whose orders `calibrate` compares with the first one's.
+        sketch: dotted path of the function that makes its shape without weights, for byte plans.
         weights: files, digests, licences.
         params: the remaining arguments of `target`.
     """
@@ -98,6 +99,7 @@ class ModelConfig:
     trained_at: tuple[str, ...] = ()
     force_resolution: bool = False
     preset: str = ""
+    sketch: str = ""
     weights: Weights = field(default_factory=Weights)
     params: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
