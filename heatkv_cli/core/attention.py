@@ -159,15 +159,24 @@ def probability_chunks(
     Yields:
         The queries' slice and their probabilities over the keys, float32 (B, H, q, N).
     """
-    rows, heads, queries, _ = q.shape
-    step = max(1, CHUNK_ELEMENTS // (rows * heads * k.shape[2]))
-    keys = k.float().transpose(-1, -2)
+    queries, step, keys = q.shape[2], chunk_queries(k), k.float()
     for start in range(0, queries, step):
         part = slice(start, min(start + step, queries))
-        logits = q[:, :, part].float() @ keys * softmax_scale
-        if valid is not None:
-            logits = logits.masked_fill(~valid.to(q.device).unsqueeze(2), -torch.inf)
-        yield part, logits.softmax(-1)
+        yield part, probabilities(q[:, :, part], keys, softmax_scale, valid)
+
+
+def chunk_queries(k: Tensor) -> int:
+    """Queries whose probabilities over k (B, H, N, D) are held at once."""
+    rows, heads, tokens, _ = k.shape
+    return max(1, CHUNK_ELEMENTS // (rows * heads * tokens))
+
+
+def probabilities(q: Tensor, k: Tensor, softmax_scale: float, valid: Tensor | None = None) -> Tensor:
+    """Attention of q over k, shapes as in `probability_chunks`; float32 (B, H, Q, N), and twice that while it works."""
+    logits = (q.float() @ k.float().transpose(-1, -2)).mul_(softmax_scale)
+    if valid is not None:
+        logits.masked_fill_(~valid.to(q.device).unsqueeze(2), -torch.inf)
+    return logits.softmax(-1)
 
 
 def column_mass(q: Tensor, k: Tensor, softmax_scale: float, valid: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ dense], observers, policy after attention, pool, ledger. The last scale stores n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -85,16 +85,26 @@ class KVCache:
         self.ledger = Ledger(geometry, rows, self.pool.allocated_bytes, policy.state_bytes)
         self.scale = 0
         self._visit: Visit | None = None
+        self._placed: tuple[LayerTable, int, Tensor] | None = None  # a visit's positions, asked for again and again
 
     # ------------------------------------------------------------------------------------------------ the seam
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        raw_query: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         """Attention of one layer at the current scale, and everything that follows from it.
 
         Args:
             layer: 0..L-1, in order within a scale.
             q, k, v: (B, H, N, D), exactly what attention multiplies.
             softmax_scale: factor of q k^T.
+            raw_query: handed on to the policy, see `Visit`.
 
         Returns:
             (B, H, N, D).
@@ -104,7 +114,7 @@ class KVCache:
             ValueError: tensors of another shape than the geometry says, or a policy's answer that makes no sense.
         """
         self._check(layer, q, k, v)
-        visit = Visit(layer, self.scale, q, k, v, softmax_scale, self.cond, self.geometry, self)
+        visit = Visit(layer, self.scale, q, k, v, softmax_scale, self.cond, self.geometry, self, raw_query)
         self._visit = visit
         with stage("policy"):
             before = self.policy.before_attend(visit)
@@ -140,24 +150,52 @@ class KVCache:
 
     def positions(self, layer: int) -> Tensor:
         """Positions of [cache, current] (the cache alone for other layers), int32 (B or 1, H, N), -1 = padding."""
-        padded = self.tables[layer].padded_positions()
-        if self._visit is None or self._visit.layer != layer:
-            return padded
-        return torch.cat((padded, self._current_positions().expand(*padded.shape[:2], -1)), 2)
+        table = self.tables[layer]
+        if self._visiting(layer) is None:
+            return table.padded_positions()
+        if self._placed is None or self._placed[0] is not table or self._placed[1] != self.scale:
+            padded = table.padded_positions()
+            current = self._current_positions().expand(*padded.shape[:2], -1)
+            self._placed = table, self.scale, torch.cat((padded, current), 2)
+        return self._placed[2]
+
+    def keys(self, layer: int) -> Tensor:
+        """Keys of [cache, current], (B, H, N, D), heads padded with zeros to equal length; not to be written to."""
+        joined = self._joined(layer, self.pool.k, None if (visit := self._visiting(layer)) is None else visit.k)
+        self.charge(joined.nbytes + len(self.tables[layer].slots) * self.pool.slot_bytes // 2)
+        return joined
 
     def view(self, layer: int) -> View:
-        """Copies of keys and values of [cache, current], heads padded to equal length."""
-        table, positions = self.tables[layer], self.positions(layer)
-        k = self.pool.k.new_zeros(self.rows, *positions.shape[1:], self.geometry.head_dim)
-        view = View(k, torch.zeros_like(k), positions)
-        self._working(view.tokens + len(table.slots))
-        for group in self._history(table):
-            width = group.k.shape[2]
-            view.k[:, group.heads, :width], view.v[:, group.heads, :width] = group.k, group.v
-        if self._visit is not None and self._visit.layer == layer:
-            count = self._visit.k.shape[2]
-            view.k[:, :, -count:], view.v[:, :, -count:] = self._visit.k, self._visit.v
+        """Keys and values of [cache, current], heads padded to equal length; not to be written to."""
+        visit = self._visiting(layer)
+        k = self._joined(layer, self.pool.k, None if visit is None else visit.k)
+        view = View(k, self._joined(layer, self.pool.v, None if visit is None else visit.v), self.positions(layer))
+        self._working(view.tokens + len(self.tables[layer].slots))
         return view
+
+    def charge(self, nbytes: int) -> None:
+        """Book bytes that are alive beside the pool and the current scale."""
+        self._working(0, nbytes)
+
+    def _visiting(self, layer: int) -> Visit | None:
+        """The visit in progress, where it is this layer's."""
+        return self._visit if self._visit is not None and self._visit.layer == layer else None
+
+    def _joined(self, layer: int, stored: Tensor, current: Tensor | None) -> Tensor:
+        """One half of the pool's tokens of a layer, padded, and the current scale's behind them."""
+        table = self.tables[layer]
+        width, count = max(table.lengths), 0 if current is None else current.shape[2]
+        if not width and current is not None:
+            return current
+        history = stored.index_select(1, table.slots.to(stored.device))
+        if min(table.lengths) == width:
+            history = history.view(self.rows, len(table.lengths), width, stored.shape[2])
+            return history if current is None else torch.cat((history, current), 2)
+        joined = stored.new_zeros(self.rows, len(table.lengths), width + count, stored.shape[2])
+        joined[:, table.occupied(width + count).to(stored.device)] = history
+        if current is not None:
+            joined[:, :, width:] = current
+        return joined
 
     def _current_positions(self) -> Tensor:
         offsets = self.geometry.schedule.offsets
@@ -210,10 +248,10 @@ class KVCache:
             shape = (self.rows, len(heads), slots.numel() // len(heads), self.geometry.head_dim)
             yield Group(heads, *(stored.view(shape) for stored in self.pool.read(slots)))
 
-    def _working(self, copied: int) -> None:
-        """Book the current scale and `copied` tokens (heads x tokens) as alive beside the pool."""
+    def _working(self, copied: int, scores: int = 0) -> None:
+        """Book the current scale, `copied` tokens (heads x tokens) and bytes of scores as alive beside the pool."""
         current = 0 if self._visit is None else self._visit.k.shape[1] * self._visit.k.shape[2]
-        self.ledger.working(current + copied)
+        self.ledger.working(current + copied, scores)
 
     # ----------------------------------------------------------------------------------------------------- storage
 
@@ -283,17 +321,36 @@ class KVCache:
 
     def _rewrite(self, keep: Keep, mask: Tensor) -> None:
         """Rows keep different tokens, or tokens were merged: what is kept is compacted into the head's own slots."""
-        view = self.view(keep.layer)
-        rows = max(len(mask), len(view.positions))
-        mask, positions = mask.expand(rows, -1, -1), view.positions.expand(rows, -1, -1)
+        table, positions = self.tables[keep.layer], self.positions(keep.layer)
+        rows = max(len(mask), len(positions))
+        mask, positions = mask.expand(rows, -1, -1), positions.expand(rows, -1, -1)
         counts = mask[0].sum(-1).tolist()
-        merged = sum(x is not None for x in (keep.k, keep.v)) * view.tokens // 2
-        self._working(view.tokens + merged + sum(counts))
-        k, v = (_chosen(x, mask) for x in _replaced(view, keep))
-        self.pool.give(self.tables[keep.layer].slots)
+        merged = [x for x in (keep.k, keep.v) if x is not None]
+        self._working(2 * sum(counts), sum(x.nbytes for x in merged))
+        if len(merged) == 2:
+            k, v = (_chosen(x, mask) for x in merged)
+        else:
+            k, v = self._kept(keep.layer, mask.expand(self.rows, -1, -1))
+            k, v = (_chosen(x, mask) if x is not None else y for x, y in ((keep.k, k), (keep.v, v)))
+        self.pool.give(table.slots)
         slots = self.pool.take(sum(counts))
         self.pool.write(slots, k, v)
         self.tables[keep.layer] = LayerTable(tuple(counts), slots, positions[mask].view(rows, -1))
+
+    def _kept(self, layer: int, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of keys and values chosen by a mask (B, H, N) over [cache, current], each (B, number chosen, D)."""
+        table, visit, device = self.tables[layer], self._visiting(layer), self.pool.k.device
+        row, head, column = mask.nonzero().unbind(1)
+        width, shape = max(table.lengths), (self.rows, int(mask[0].sum()), self.geometry.head_dim)
+        places = table.padded_slots(mask.shape[2])[head, column].long() + row * self.pool.capacity
+        k, v = (x.flatten(0, 1).index_select(0, places.to(device)) for x in (self.pool.k, self.pool.v))
+        fresh = (column >= width).nonzero().squeeze(1)
+        if visit is not None and len(fresh):
+            current = tuple(x[fresh].to(device) for x in (row, head, column - width))
+            fresh = fresh.to(device)
+            k.index_copy_(0, fresh, visit.k[current])
+            v.index_copy_(0, fresh, visit.v[current])
+        return k.view(shape), v.view(shape)
 
 
 def _current_tokens(x: Tensor, chosen: Tensor) -> Tensor:

@@ -55,9 +55,14 @@ class Ledger:
         queries = self.geometry.schedule.lengths[scale]
         self.attention_flops[scale] += 4 * self.geometry.head_dim * self.rows * queries * sum(keys)
 
-    def working(self, tokens: int) -> None:
-        """Keys and values of `tokens` (heads x tokens) are alive beside the pool: the current scale and copies."""
-        transient = tokens * self.rows * self.geometry.bytes_per_token
+    def working(self, tokens: int, scores: int = 0) -> None:
+        """What is alive beside the pool right now.
+
+        Args:
+            tokens: heads x tokens whose keys and values are: the current scale and copies.
+            scores: further bytes: keys without values, attention statistics, other tensors of a policy.
+        """
+        transient = tokens * self.rows * self.geometry.bytes_per_token + scores
         self.work_peak = max(self.work_peak, self.alloc_bytes + transient)
 
     def visited(self, used_slots: int, index_bytes: int) -> None:

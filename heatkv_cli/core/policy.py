@@ -6,14 +6,14 @@ one generation: it sees each visit and answers with what to keep. It never touch
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from heatkv_cli.core.artifacts import Orders, Schedule
-from heatkv_cli.core.attention import column_mass
+from heatkv_cli.core.attention import chunk_queries, column_mass, probabilities
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.scales import Geometry
@@ -49,8 +49,16 @@ class Candidates(Protocol):
         """Stored tokens of a layer, for the visiting layer followed by the current scale."""
         ...
 
+    def keys(self, layer: int) -> Tensor:
+        """The view's keys, float (B, H, N, D): values are not read."""
+        ...
+
     def positions(self, layer: int) -> Tensor:
         """Positions alone: no keys or values are read."""
+        ...
+
+    def charge(self, nbytes: int) -> None:
+        """Book bytes that a policy or observer holds for a moment; they go into beta_work."""
         ...
 
 
@@ -59,7 +67,8 @@ class Visit:
     """Layer `layer` processing scale `scale`.
 
     Shapes: q, k, v (B, H, N, D) of the current scale, exactly what attention multiplies (normalised, rotated).
-    `cond`: the conditional rows; the others are guidance.
+    `cond`: the conditional rows; the others are guidance. `raw_query`: makes the bare projection of q, (B, H, N, D)
+    without bias, normalisation, temperature and rotation, for methods that ask; None where the model has none to give.
     """
 
     layer: int
@@ -71,26 +80,72 @@ class Visit:
     cond: slice
     geometry: Geometry
     cache: Candidates
+    raw_query: Callable[[], Tensor] | None = None
 
     def view(self) -> View:
-        """[cache, current] of this layer, copied together; for methods that look at keys."""
+        """[cache, current] of this layer, copied together; for methods that look at values too."""
         return self.cache.view(self.layer)
+
+    def keys(self) -> Tensor:
+        """Keys of [cache, current], (B, H, N, D), copied together; padding is 0."""
+        return self.cache.keys(self.layer)
 
     def positions(self) -> Tensor:
         """int32 (B or 1, H, N) of [cache, current]; see `View`."""
         return self.cache.positions(self.layer)
 
-    def column_mass(self, queries: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
-        """Attention received by each token of [cache, current], summed over queries; float32 (rows, H, N).
+    def attention(self, queries: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Attention probabilities of a few observed queries over [cache, current]; float32 (rows, H, n, N).
+
+        n N D multiplications per head and two buffers of the result's size; padding gets 0.
+
+        Args:
+            queries: long (n,), indices of the current scale's queries; few (n <= 64).
+            rows: batch rows.
+        """
+        q, keys, valid = self._observed(queries, rows)
+        found = probabilities(q, keys, self.softmax_scale, valid)
+        self._charge_scores(q, keys, 2 * found.nbytes)
+        return found
+
+    def column_mass(
+        self, queries: Tensor | None = None, rows: slice = slice(None), heads: Tensor | None = None
+    ) -> Tensor:
+        """Attention received by each token of [cache, current], summed over queries; float32 (rows, heads, N).
+
+        Exact, in chunks of queries: the attention matrix is never whole.
 
         Args:
             queries: long (n,), indices of the current scale's queries; None is all of them.
             rows: batch rows.
+            heads: long, of which; None is all of them.
         """
-        view = self.view()
-        q = self.q[rows] if queries is None else self.q[rows][:, :, queries]
-        valid = view.valid if len(view.positions) == 1 else view.valid[rows]
-        return column_mass(q, view.k[rows], self.softmax_scale, valid)
+        q, keys, valid = self._observed(queries, rows)
+        if heads is not None and len(heads) < q.shape[1]:
+            q, keys = (x.index_select(1, heads.to(x.device)) for x in (q, keys))
+            valid = valid if valid is None else valid[:, heads]
+        mass = column_mass(q, keys, self.softmax_scale, valid)
+        held = min(chunk_queries(keys), q.shape[2])  # of two chunks, while the one before is let go
+        self._charge_scores(q, keys, (3 * held + 1) * mass.nbytes)
+        return mass
+
+    def charge(self, nbytes: int) -> None:
+        """Book score buffers of `nbytes` that are alive beside the current scale; they go into beta_work."""
+        self.cache.charge(nbytes)
+
+    def _observed(self, queries: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries and keys of some rows, and which keys are real where heads are padded."""
+        q = self.q[rows] if queries is None else self.q[rows][:, :, queries.to(self.q.device)]
+        valid = self.positions() >= 0
+        if bool(valid.all()):
+            return q, self.keys()[rows], None
+        return q, self.keys()[rows], valid if len(valid) == 1 else valid[rows]
+
+    def _charge_scores(self, q: Tensor, keys: Tensor, scores: int) -> None:
+        """Book copies of queries and keys, float32 versions of those in another format, positions, and scores."""
+        copies = q.nbytes + keys.nbytes + 8 * keys[..., 0].numel()
+        casts = 0 if keys.element_size() == 4 else 4 * (q.numel() + keys.numel())
+        self.cache.charge(copies + casts + scores)
 
 
 @dataclass(frozen=True)
@@ -119,10 +174,14 @@ class Policy:
     Args:
         capacity: token slots (one head, all rows) that the plan needs at its peak.
         state_bytes: bytes the policy stores per kept token of one head and one row, charged to the budget.
+
+    Attributes:
+        facts: numbers that the method chose for itself (`window: auto`), for the results' rows.
     """
 
     def __init__(self, capacity: int, state_bytes: int = 0):
         self.capacity, self.state_bytes = capacity, state_bytes
+        self.facts: dict[str, float] = {}
 
     def before_attend(self, visit: Visit) -> Keep | None:
         """Choose among [cache, current] before attention: only what is kept is attended, and later stored."""

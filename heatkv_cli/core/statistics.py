@@ -83,3 +83,17 @@ def concatenate(parts: list[AttentionStatistics]) -> dict[str, Tensor]:
     """Statistics of several batches, prompts one after the other, by the names of `Calibration`'s fields."""
     names = ("scas", "variance", "asi", "entropy", "history_mass")
     return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+
+
+def elbow(variance: Tensor, low: float = 0.2, high: float = 0.8) -> float:
+    """Share of heads up to the knee of their sorted variances: the point farthest below the chord, clipped.
+
+    Args:
+        variance: any shape, one number a head.
+        low, high: bounds of the answer.
+    """
+    values = variance.flatten().double().sort().values
+    rise = values - values[0]
+    chord = torch.linspace(0, 1, len(values), dtype=torch.float64) * rise[-1]
+    knee = int((chord - rise).argmax())
+    return min(max((knee + 1) / len(values), low), high)

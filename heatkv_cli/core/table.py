@@ -63,18 +63,25 @@ class LayerTable:
         if min(self.lengths) == width:
             return self.positions.view(len(self.positions), len(self.lengths), width)
         padded = torch.full((len(self.positions), len(self.lengths), width), -1, dtype=torch.int32)
-        padded[:, self._occupied(width)] = self.positions
+        padded[:, self.occupied(width)] = self.positions
         return padded
 
-    def _occupied(self, width: int) -> Tensor:
+    def padded_slots(self, width: int) -> Tensor:
+        """int32 (H, width), slot 0 where there is no token."""
+        padded = torch.zeros(len(self.lengths), width, dtype=torch.int32)
+        padded[self.occupied(width)] = self.slots
+        return padded
+
+    def occupied(self, width: int) -> Tensor:
+        """bool (H, width): which columns hold tokens when the heads are padded to `width`."""
         return torch.arange(width) < torch.tensor(self.lengths)[:, None]
 
     def filtered(self, keep: Tensor) -> tuple[LayerTable, Tensor]:
         """Drop tokens. keep: bool (H, longest), padding ignored. Returns the new table and the slots given up."""
-        flat = keep[self._occupied(keep.shape[1])]
+        flat = keep[self.occupied(keep.shape[1])]
         if bool(flat.all()):
             return self, self.slots[:0]
-        lengths = tuple((keep & self._occupied(keep.shape[1])).sum(1).tolist())
+        lengths = tuple((keep & self.occupied(keep.shape[1])).sum(1).tolist())
         return LayerTable(lengths, self.slots[flat], self.positions[:, flat]), self.slots[~flat]
 
     def appended(self, slots: Tensor, positions: Tensor, chosen: Tensor) -> LayerTable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -11,6 +10,7 @@ from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.policy import Keep, Method, Policy, Visit
 from heatkv_cli.core.scales import Geometry
+from heatkv_cli.core.selection import Recent, Selecting, Timing, one_of, recent_mask
 from heatkv_cli.errors import BudgetError, ConfigError
 
 
@@ -23,6 +23,8 @@ class Streaming(Method):
 
     Args:
         sink: number of protected first tokens; `scales` stands for the model's sink scales.
+        timing: choose `after` the attention of a scale, or `before` it (then the current scale is cut down too).
+        recent: `raster`, the last tokens; `grid`, a uniform grid of the newest scale where that alone is too much.
 
     Source: arXiv 2309.17453, section 3.2 (attention sinks and a rolling window).
     Differs: the paper's sink is 4 tokens of text; here the tokens of the sink scales (specs/methods.md 4), since a
@@ -31,8 +33,11 @@ class Streaming(Method):
     """
 
     sink: int | str = "scales"
+    timing: Timing = "after"
+    recent: Recent = "raster"
 
     def __post_init__(self) -> None:
+        one_of("streaming", timing=(self.timing, ("after", "before")), recent=(self.recent, ("raster", "grid")))
         if self.sink != "scales" and (not isinstance(self.sink, int) or isinstance(self.sink, bool) or self.sink < 0):
             raise ConfigError(
                 f"method streaming: sink is {self.sink!r}", "give a number of tokens >= 0, or method.sink=scales"
@@ -56,19 +61,14 @@ class Streaming(Method):
         budget.require(
             Fraction(min(sink + 1, geometry.schedule.peak_tokens), geometry.schedule.peak_tokens), geometry, "streaming"
         )
-        return _Streaming(geometry, sink, cap)
+        return _Streaming(geometry, budget, self, sink)
 
 
-class _Streaming(Policy):
-    def __init__(self, geometry: Geometry, sink: int, cap: int):
-        super().__init__(capacity=geometry.heads * cap)
-        self._sink, self._cap = sink, cap
+class _Streaming(Selecting):
+    def __init__(self, geometry: Geometry, budget: Budget, method: Streaming, sink: int):
+        super().__init__(geometry, budget, method.timing)
+        self._sink, self._recent = sink, method.recent
 
-    def after_attend(self, visit: Visit) -> Iterable[Keep]:
-        positions = visit.positions()[0]
-        count = positions.shape[-1]
-        if count <= self._cap:
-            return ()
-        mask = positions < self._sink
-        mask[:, count - (self._cap - self._sink) :] = True
-        return (Keep(visit.layer, mask=mask),)
+    def choose(self, visit: Visit, cap: int) -> Keep:
+        recent = recent_mask(visit, cap - self._sink, self._recent)[0]
+        return Keep(visit.layer, mask=recent | (visit.positions()[0] < self._sink))

@@ -16,12 +16,28 @@ from torch import Tensor, nn
 from heatkv_cli.core.scales import Geometry
 
 
-class Cache(Protocol):
-    """The seam, seen from the model."""
+class Attend(Protocol):
+    """What a block asks for; a KV cache while generating, attention over the whole sequence in training."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        """Attention of the current scale's q over the layer's history and the current k, v; all (B, H, N, D)."""
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        raw_query: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """Attention of the current scale's q over the layer's history and the current k, v; all (B, H, N, D).
+
+        `raw_query` makes the bare projection of q, without bias, normalisation, temperature and rotation; called at
+        once or not at all. A model may leave it away; a method that needs it then says so.
+        """
         ...
+
+
+class Cache(Attend, Protocol):
+    """The seam, seen from the model."""
 
     def end_scale(self) -> None:
         """All layers have processed the current scale."""

@@ -15,7 +15,9 @@ from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.policy import Method, Policy
 from heatkv_cli.core.stability import Stability, compare_calibrations, half_split_stability
 from heatkv_cli.core.statistics import AttentionStatistics, concatenate
+from heatkv_cli.methods.hack import ALPHA
 from heatkv_cli.pipeline import setup
+from heatkv_cli.pipeline.figures import write_scas_map, write_variance_curve
 from heatkv_cli.results import finish_meta, write_meta
 
 FILE = "calibration.safetensors"
@@ -34,9 +36,13 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
         overlap = compare_calibrations(calibration, other)
         _report(calibration, stability, overlap, cfg.calibration_check.name, ui)
         ui.wrote(path)
+        figures = _figures(calibration, path)
+        for figure in figures:
+            ui.wrote(figure)
         reports.append(
             {"path": str(path.absolute()), "sha256": calibration.sha256, "check": cfg.calibration_check.name,
-             "stability": stability.as_dict(), "overlap": overlap.as_dict()}
+             "stability": stability.as_dict(), "overlap": overlap.as_dict(),
+             "figures": [str(figure.absolute()) for figure in figures]}
         )  # fmt: skip
     ui.next(f"heatkv build-schedule --model {plan.first.model.name} budget=0.1")
     return {**reports[0], "calibrations": reports}
@@ -104,6 +110,16 @@ def measure(cfg: RunConfig, files: dict[str, Path], weights: str, ui: Console) -
         weights_sha256=weights,
         **concatenate(parts),  # type: ignore[arg-type]
     )
+
+
+def _figures(calibration: Calibration, path: Path) -> list[Path]:
+    """Pictures beside the calibration: the variances HACK cuts heads by, the scores HeatKV ranks them by."""
+    variance = path.with_name(f"{path.stem}-variance.png")
+    scas = path.with_name(f"{path.stem}-scas.png")
+    return [
+        write_variance_curve(variance, calibration.variance.mean(0), ALPHA),
+        write_scas_map(scas, calibration.scores(), calibration.geometry.sources),
+    ]
 
 
 def _report(calibration: Calibration, stability: Stability, overlap: Stability, check: str, ui: Console) -> None:

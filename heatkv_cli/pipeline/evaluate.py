@@ -24,7 +24,7 @@ from heatkv_cli.errors import ConfigError
 from heatkv_cli.metrics.base import Metric, Sample, SetMetric, Value
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.contact_sheet import write_contact_sheet
-from heatkv_cli.pipeline.generate import FREE, Job, Models, prepare, run_pass
+from heatkv_cli.pipeline.generate import CHOSEN, FREE, Job, Models, prepare, run_pass
 from heatkv_cli.pipeline.image_folder import read_image, reference_of
 from heatkv_cli.pipeline.measure import Item, Measured, incomplete, measure, metric_rows, statistics_of
 from heatkv_cli.results import RunFolder, encode_rows, environment, upsert_results, utc_now, write_file
@@ -223,10 +223,12 @@ def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
             "seconds_per_image",
         )
     }
+    chosen = {key.removeprefix(CHOSEN): value for key, value in item.costs.items() if key.startswith(CHOSEN)}
+    args = {**cfg.method.params, **({"chosen": chosen} if chosen else {})}
     common = {
         "run_id": job.run_id, "created_utc": utc_now(), "git_sha": facts["git_sha"], "git_dirty": facts["git_dirty"],
         "heatkv_version": facts["heatkv_version"], "model": cfg.model.name, "weights_sha256": job.weights_sha256,
-        "method": cfg.method.name, "method_args_json": cfg.method.params, "budget": cfg.budget, "rho": cfg.rho,
+        "method": cfg.method.name, "method_args_json": args, "budget": cfg.budget, "rho": cfg.rho,
         "schedule_sha256": job.schedule.sha256 if job.schedule else None,
         "benchmark": cfg.benchmark.name, "benchmark_version": cfg.benchmark.version,
         "resolution": cfg.model.shape_label, "seed": cfg.seed, "seed_mode": cfg.seed_mode, "dtype": cfg.model.dtype,

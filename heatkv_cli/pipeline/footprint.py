@@ -169,7 +169,15 @@ class _Attention:
     def __init__(self, memory: LiveBytes):
         self._memory, self.live, self.output = memory, 0, 0
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float,
+        raw_query: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         self.live, self.output = max(self.live, self._memory.live), max(self.output, q.nbytes)
         return torch.empty_like(q)
 

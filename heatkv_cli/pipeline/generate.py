@@ -36,6 +36,7 @@ from heatkv_cli.pipeline.calibrate import calibration_of
 from heatkv_cli.results import RunFolder, finish_meta, write_meta
 
 FREE, LAYOUT, FORCED = "free", "layout", "forced"
+CHOSEN = "chosen_"  # before the name of a number that the method chose for itself (`window: auto`)
 
 CACHE_STAGES = ("policy", "attention", "observers", "pool")
 """What a visit of the cache consists of: the stages whose share of the time every image records."""
@@ -184,10 +185,11 @@ def _make(
         with Timeline(setup.device_of(cfg)) as timeline:
             trace = model.generate(condition, sampling, cache, generators, forced)
         text_seconds, stages = sum(reading.by_stage().values()), timeline.by_stage()
-        ledger = cache.ledger
+        ledger, facts = cache.ledger, cache.policy.facts
         del cache  # the decoder needs more memory than any scale, and no cache
         pixels = None if kind == FORCED else model.decode(trace.latent).cpu().numpy()
     numbers = _costs(ledger, stages, len(batch)) | {"text_seconds": text_seconds / len(batch)}
+    numbers |= {CHOSEN + name: value for name, value in facts.items()}
     common = {
         "batch": batch[0].image_id,
         "seconds": numbers["seconds_per_image"],

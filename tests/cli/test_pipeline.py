@@ -57,6 +57,9 @@ def test_straight_line(out: Path, capsys: Capture) -> None:
     assert set(calibrated["stability"]["jaccard"]) == {"0.2", "0.1", "0.04"}
     assert set(calibrated["overlap"]["jaccard"]) == {"0.2", "0.1", "0.04"}
     path = Path(calibrated["path"])
+    names = ["calibration-variance.png", "calibration-scas.png"]
+    assert [Path(each) for each in calibrated["figures"]] == [path.with_name(name) for name in names]
+    assert all(path.with_name(name).stat().st_size > 1000 for name in names)
     before = path.stat().st_mtime_ns
     built = call(capsys, "build-schedule", "budget=0.1", "--out", str(out), *SMALL)
     assert path.stat().st_mtime_ns == before, "a calibration that is there was made again"

@@ -134,7 +134,9 @@ class WholeSequence:
         scale = run.geometry.schedule.scale_table()
         self.mask = scale[:, None] >= scale[None]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
+    ) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=softmax_scale)
 
 

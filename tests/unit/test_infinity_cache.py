@@ -189,7 +189,9 @@ class Concatenating:
     def __init__(self) -> None:
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
+    ) -> Tensor:
         if layer in self.seen:
             k, v = (torch.cat(pair, 2) for pair in zip(self.seen[layer], (k, v), strict=True))
         self.seen[layer] = k, v
@@ -215,7 +217,9 @@ class BlockCausal:
         level = torch.tensor([scale for scale, tokens in enumerate(schedule.lengths) for _ in range(tokens)])
         self.hidden = level[:, None] < level[None, :]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
+    ) -> Tensor:
         logits = q @ k.transpose(-1, -2) * softmax_scale
         return logits.masked_fill(self.hidden, -torch.inf).softmax(-1) @ v
 

@@ -268,7 +268,9 @@ class Tagging:
         self.cache, self.generator = cache, torch.Generator().manual_seed(0)
         self.weighed: list[int] = []
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
+    ) -> Tensor:
         k, v = (tag(tuple(k.shape), value, self.generator) for value in (K_TAG, V_TAG))
         y = self.cache.attend(layer, q * 1e-4, k, v, softmax_scale)
         del k, v

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +22,13 @@ from torch import Tensor, nn
 
 from heatkv_cli.core.timeline import staged
 from heatkv_cli.errors import ConfigError
+from heatkv_cli.models.base import Attend
 from heatkv_cli.models.infinity.rope import rotate
 from heatkv_cli.models.infinity.tokenizer import Codes
 
 NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
 LEVELS = 15  # rows of the official level embedding
-
-
-class Attend(Protocol):
-    """What a block asks for: attention of q, k, v (B, H, N, D) of one layer, over whatever came before and N itself."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -157,6 +152,10 @@ class SelfAttention(nn.Module):
         """Attention output (R, H, N, D) -> (R, N, C)."""
         return linear(y.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
 
+    def raw_query(self, x: Tensor) -> Tensor:
+        """x (R, N, C) -> (R, H, N, D): the projection alone."""
+        return linear(x, self.mat_qkv.weight.chunk(3)[0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
 
 class CrossAttention(nn.Module):
     zero_k_bias: Tensor
@@ -211,8 +210,15 @@ class Block(nn.Module):
     @staged("norms")
     def before(self, x: Tensor, ada: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Everything up to attention: residual (R, N, C) -> q, k, v (R, H, N, D)."""
+        return self.sa.project(self._modulated(x, ada), rope)
+
+    def raw_query(self, x: Tensor, ada: Tensor) -> Tensor:
+        """The query of `before` without bias, normalisation, temperature and rotation."""
+        return self.sa.raw_query(self._modulated(x, ada))
+
+    def _modulated(self, x: Tensor, ada: Tensor) -> Tensor:
         _, _, scale, _, shift, _ = (self.ada_gss.float() + ada).unbind(2)
-        return self.sa.project(modulate(x, scale, shift), rope)
+        return modulate(x, scale, shift)
 
     @staged("norms")
     def after(self, x: Tensor, y: Tensor, ada: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
@@ -366,7 +372,7 @@ class Infinity(nn.Module):
                 x = (x + offset).to(x.dtype)
             for block in chunk.module:  # type: ignore[union-attr]
                 q, k, v = block.before(x, cond.ada, rope)
-                y = cache.attend(index, q, k, v, 1.0)
+                y = cache.attend(index, q, k, v, 1.0, partial(block.raw_query, x, cond.ada))
                 x = block.after(x, y, cond.ada, cond.cross[index], cond.mask)
                 if guide and index in guide:
                     yes, no = x.chunk(2)

@@ -1,0 +1,43 @@
+"""H2O (arXiv 2306.14048) on next-scale models: heavy hitters and the most recent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from heatkv_cli.core.artifacts import Schedule
+from heatkv_cli.core.budget import Budget
+from heatkv_cli.core.calibration import Calibration
+from heatkv_cli.core.heavy_hitters import STATE_BYTES, HeavyHitters, HeavyMethod
+from heatkv_cli.core.policy import Policy
+from heatkv_cli.core.scales import Geometry
+from heatkv_cli.core.selection import evicts, require_cap
+
+
+@dataclass(frozen=True)
+class H2O(HeavyMethod):
+    """Keep the tokens that have received the most attention so far, and the most recent ones.
+
+    Rule: every head keeps a running sum, for each stored token, of the attention that all queries have paid to it since
+    it exists. Of cap tokens one half are the most recent ones, the other half the highest sums among the rest.
+
+    Args:
+        timing, recent, n_obs, per_scale_mean, share_cfg: see `HeavyMethod`.
+
+    Source: arXiv 2306.14048, section 4 (equation 2 and algorithm 1; half heavy hitters, half recent).
+    Differs: a step adds a whole scale of queries, which see each other (no causal mask), not one token. The sums cost
+    4 bytes a token, head and row, paid for with slots; no sums where nothing can ever be evicted.
+    """
+
+    def policy(
+        self,
+        geometry: Geometry,
+        budget: Budget,
+        schedule: Schedule | None,
+        rows: int,
+        calibration: Calibration | None = None,
+    ) -> Policy:
+        """Needs room for one token and its sum."""
+        if not evicts(geometry, budget, self.timing):
+            return Policy(capacity=geometry.full_tokens)
+        require_cap(geometry, budget, "h2o", 1, STATE_BYTES)
+        return HeavyHitters(geometry, budget, rows, self)

@@ -1,0 +1,47 @@
+"""SnapKV (arXiv 2404.14469) on next-scale models: what a window of the current queries looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from heatkv_cli.core.artifacts import Schedule
+from heatkv_cli.core.budget import Budget
+from heatkv_cli.core.calibration import Calibration
+from heatkv_cli.core.policy import Keep, Policy, Visit
+from heatkv_cli.core.scales import Geometry
+from heatkv_cli.core.selection import Selecting, Window, WindowMethod
+
+
+@dataclass(frozen=True)
+class SnapKV(WindowMethod):
+    """Keep a window of the current tokens and the tokens that they look at most.
+
+    Rule: the attention of w current queries, summed over them and averaged over 5 neighbours, scores all tokens; each
+    head keeps the w tokens of the window and the cap - w highest scores of the rest.
+
+    Source: arXiv 2404.14469, section 4 and listing 1 (window 32; the kernel and its pooling differ between the paper's
+    experiments and public re-implementations).
+    Differs: the window is spread over the map (`obs=recent` is the literal port), its queries see each other (no causal
+    mask), and neighbours are those of the same scale; an average counts the neighbours there are. It acts after every
+    scale, not once after a prompt. See `WindowMethod` for the parameters.
+    """
+
+    def policy(
+        self,
+        geometry: Geometry,
+        budget: Budget,
+        schedule: Schedule | None,
+        rows: int,
+        calibration: Calibration | None = None,
+    ) -> Policy:
+        """Needs room for its window and one more token."""
+        return _SnapKV(geometry, budget, self, self.window_at(geometry, budget))
+
+
+class _SnapKV(Selecting):
+    def __init__(self, geometry: Geometry, budget: Budget, method: SnapKV, window: Window):
+        super().__init__(geometry, budget, method.timing)
+        self._window, self.facts = window, {"window": window.tokens}
+
+    def choose(self, visit: Visit, cap: int) -> Keep:
+        return self._window.keep(visit, cap)

@@ -1,0 +1,194 @@
+"""cake against its rule, written out over full attention matrices; and the shares of layers."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from selection_oracle import (
+    COND,
+    GEOMETRY,
+    ROWS,
+    SOFTMAX_SCALE,
+    Oracle,
+    Place,
+    best,
+    compare,
+    grid,
+    places,
+    pooled,
+    shared,
+    visits,
+)
+
+from heatkv_cli.core.budget import Budget
+from heatkv_cli.core.cache import KVCache
+from heatkv_cli.core.caps import shares
+from heatkv_cli.core.policy import Policy
+from heatkv_cli.errors import BudgetError, ConfigError
+from heatkv_cli.methods.cake import CAKE
+
+LAYERS, HEADS, LAST = GEOMETRY.num_layers, GEOMETRY.num_heads, GEOMETRY.num_scales - 1
+LENGTHS, PEAK = GEOMETRY.schedule.lengths, GEOMETRY.schedule.peak_tokens
+
+
+def split(weights: list[float], total: int, available: list[int]) -> list[int]:
+    """Proportional shares in exact rationals: capped, excess spread evenly, largest remainders rounded up."""
+    if sum(available) <= total:
+        return available
+    exact = [Fraction(w) for w in weights] if any(weights) else [Fraction(1)] * len(weights)
+    wanted = [total * w / sum(exact) for w in exact]
+    while any(w > a for w, a in zip(wanted, available, strict=True)):
+        excess = sum(max(w - a, Fraction(0)) for w, a in zip(wanted, available, strict=True))
+        wanted = [min(w, Fraction(a)) for w, a in zip(wanted, available, strict=True)]
+        open_ = [i for i, a in enumerate(available) if wanted[i] < a]
+        for i in open_:
+            wanted[i] += excess / len(open_)
+    out = [math.floor(w) for w in wanted]
+    for i in sorted(range(len(out)), key=lambda i: (out[i] - wanted[i], i))[: total - sum(out)]:
+        out[i] += 1
+    return out
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.data())
+def test_shares(weights: list[int], data: st.DataObject) -> None:
+    available = data.draw(st.lists(st.integers(0, 30), min_size=len(weights), max_size=len(weights)))
+    total = data.draw(st.integers(0, 60))
+    found = shares([float(w) for w in weights], total, available)
+    assert sum(found) == min(total, sum(available))
+    assert all(0 <= x <= a for x, a in zip(found, available, strict=True))
+    wanted = split([float(w) for w in weights], total, available)
+    assert all(abs(x - y) <= 1 for x, y in zip(found, wanted, strict=True))  # a remainder of 1/2 rounds either way
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(0, 1e9), min_size=2, max_size=40), st.integers(0, 10**6))
+def test_shares_of_any_numbers_are_exact(weights: list[float], total: int) -> None:
+    found = shares(weights, total, [10**6] * len(weights))
+    assert sum(found) == total
+    if sum(weights) > 1e-3:
+        assert all(abs(x - total * w / sum(weights)) <= 1 for x, w in zip(found, weights, strict=True))
+
+
+class Literal:
+    """The rule, one row and head at a time."""
+
+    def __init__(self, method: CAKE, cap: int, total: int):
+        self.method, self.window, self.total = method, max(1, cap // 4), total
+        self.preference: dict[int, float] = {}
+        self.held = [0] * LAYERS
+
+    def statistics(self, place: Place) -> tuple[list[float], float, float]:
+        """Scores, entropy and variance of one row and head."""
+        rows = [place.attention[q] for q in grid(place.size, self.window)]
+        own = {place.current + q for q in grid(place.size, self.window)}
+        mean = [sum(row[i] for row in rows) / len(rows) for i in range(len(place.positions))]
+        variance = [sum((row[i] - mean[i]) ** 2 for row in rows) / len(rows) for i in range(len(place.positions))]
+        others = [i for i in range(len(place.positions)) if i not in own]
+        entropy = -sum(row[i] * math.log(row[i]) for row in rows for i in others)
+        scores = [m + self.method.gamma * v for m, v in zip(mean, variance, strict=True)]
+        return scores, entropy, sum(variance[i] for i in others)
+
+    def prefer(self, found: dict[tuple[int, int], tuple[list[float], float, float]]) -> float:
+        """Entropy^(1 / tau1) * variance^(1 / tau2), summed over heads first, then the mean over rows."""
+        total = 0.0
+        for row in range(ROWS):
+            entropy = sum(found[row, head][1] for head in range(HEADS))
+            variance = sum(found[row, head][2] for head in range(HEADS))
+            total += entropy ** (1 / self.method.tau1) * variance ** (1 / self.method.tau2)
+        return total / ROWS
+
+    def caps(self, scale: int, layer: int, total: int) -> list[int]:
+        there = [self.held[i] + (LENGTHS[scale] if i >= layer else 0) for i in range(LAYERS)]
+        windows = [min(self.window, n) for n in there]
+        known = list(self.preference.values())
+        weights = [self.preference.get(i, sum(known) / len(known)) for i in range(LAYERS)]
+        bodies = split(weights, total - sum(windows), [n - w for n, w in zip(there, windows, strict=True)])
+        return [w + b for w, b in zip(windows, bodies, strict=True)]
+
+
+OPTIONS = [
+    {},
+    {"gamma": 0.0, "kernel": 1},
+    {"tau1": 0.5, "tau2": 2.0},
+    {"pooling": "max", "share_cfg": True},
+    {"timing": "before"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("text", ["0.2", "0.4", "0.7"])
+def test_cake(text: str, options: dict[str, object]) -> None:
+    method, budget = CAKE(**options), Budget.parse(text)  # type: ignore[arg-type]
+    ratio = Fraction(text) * GEOMETRY.bytes_per_token / (GEOMETRY.bytes_per_token + 4)
+    rule = Literal(method, int(ratio * PEAK), int(ratio * PEAK * LAYERS))
+    cache = KVCache(GEOMETRY, method.policy(GEOMETRY, budget, None, ROWS), ROWS, COND, budget=budget)
+    oracle, before, cascades = Oracle(GEOMETRY), method.timing == "before", 0
+    ranks: dict[tuple[int, int, int], dict[int, float]] = {}  # score that each stored token was last given
+    for scale, layer, q, k, v in visits(GEOMETRY, 3):
+        attended = cache.ledger.attended_tokens
+        cache.attend(layer, q, k, v, SOFTMAX_SCALE)
+        attended = cache.ledger.attended_tokens - attended
+        if layer == LAYERS - 1:
+            cache.end_scale()
+        found = places(oracle, scale, layer, q, k, 0)
+        statistics = {where: rule.statistics(place) for where, place in found.items()}
+        scores = {where: each[0] for where, each in statistics.items()}
+        scores = shared(scores) if method.share_cfg else scores
+        rule.preference[layer] = rule.prefer(statistics)
+        length = rule.held[layer] + LENGTHS[scale]
+        everything = LAYERS * int(Fraction(text) * PEAK)  # attended at the last scale, where nothing is stored
+        caps = rule.caps(scale, layer, rule.total if scale < LAST else everything)
+        if scale == LAST:
+            caps[layer] = min(caps[layer], everything - sum(rule.held[:layer]) - rule.window * (LAYERS - 1 - layer))
+        assert attended == HEADS * (caps[layer] if before else length)
+        rule.held[layer] = caps[layer]
+        if scale < LAST:
+            for other in [*range(layer), *reversed(range(layer + 1, LAYERS))]:
+                while sum(rule.held) > rule.total and rule.held[other] > caps[other]:
+                    rule.held[other] -= 1
+                    cascades += 1
+                    for row in range(ROWS):
+                        for head in range(HEADS):
+                            tokens, rank = oracle.tokens(other, row, head), ranks[other, row, head]
+                            tokens.remove(min(tokens, key=lambda token: (rank[token[0]], -token[0])))
+            assert sum(rule.held) <= rule.total
+        for (row, head), place in found.items():
+            own = {place.current + i for i in grid(place.size, rule.window)}
+            smooth = pooled(place, scores[row, head], own, method.kernel, method.pooling)
+            tokens = oracle.candidates(layer, scale, row, head, k)
+            kept = [] if scale == LAST else best(smooth, caps[layer], own)
+            ranks[layer, row, head] = {
+                place.positions[i]: math.inf if i in own else smooth[i] for i in range(len(smooth))
+            }
+            oracle.stored[layer, row, head] = [tokens[i] for i in kept]
+        compare(cache, oracle, scale, layer)
+    assert cascades
+
+
+def test_preferences_move_tokens_between_layers() -> None:
+    budget = Budget.parse("0.4")
+    cache = KVCache(GEOMETRY, CAKE().policy(GEOMETRY, budget, None, ROWS), ROWS, COND, budget=budget)
+    for scale, layer, q, k, v in visits(GEOMETRY, 3):
+        if scale == LAST:
+            break
+        cache.attend(layer, q, k, v, SOFTMAX_SCALE)
+        if layer == LAYERS - 1:
+            cache.end_scale()
+    lengths = [table.lengths[0] for table in cache.tables]
+    assert len(set(lengths)) > 1
+    assert cache.pool.used == cache.pool.capacity == HEADS * sum(lengths)
+
+
+def test_borders() -> None:
+    assert type(CAKE().policy(GEOMETRY, Budget.parse(1), None, ROWS)) is Policy
+    least = Fraction(4 * 36, 32 * PEAK)  # four tokens and their scores
+    assert CAKE().policy(GEOMETRY, Budget.parse(least), None, ROWS).capacity == 4 * GEOMETRY.heads
+    with pytest.raises(BudgetError, match=str(least)):
+        CAKE().policy(GEOMETRY, Budget.parse(least - Fraction(1, 10**9)), None, ROWS)
+    with pytest.raises(ConfigError, match="tau1 0"):
+        CAKE(tau1=0)
