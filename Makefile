@@ -7,7 +7,7 @@ TEST_JOBS ?= 2
 test test-all: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format clean
+.PHONY: help demo test test-all check docs format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -21,12 +21,16 @@ test: $(VENV)/.dev  ## install with the tools, then run the tests
 test-all: $(VENV)/.dev  ## also the tests that take minutes, or a GPU where there is one
 	$(BIN)/python -m pytest -n $(TEST_JOBS) -m ""  # -m of pyproject leaves out the slow ones
 
-check: $(VENV)/.dev  ## format, lint, types, import rules, file sizes
+check: $(VENV)/.dev  ## format, lint, types, import rules, stale tables, file sizes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/make_docs.py --check
 	@find heatkv_cli tests scripts -name '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > 400 {print "over 400 lines: " $$2; bad = 1} END {exit bad}'
+
+docs: $(VENV)/.dev  ## write the README's table of methods anew, from conf/method and docstrings
+	$(BIN)/python scripts/make_docs.py
 
 format: $(VENV)/.dev  ## put the code in order
 	$(BIN)/ruff format .

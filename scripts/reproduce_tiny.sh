@@ -1,17 +1,56 @@
 #!/usr/bin/env bash
-# Makes results/tiny anew, but for the training logs: about 15 minutes on two CPU cores. Resumes where it was interrupted.
-#   scripts/reproduce_tiny.sh [folder for the images, default runs/reproduce-tiny]
+# Makes results/tiny anew, but for the training logs. Resumes where it was interrupted. On two CPU cores the first part
+# takes about 15 minutes; the tables of all methods (parts methods, hack) take about 1.5 hours more.
+#   scripts/reproduce_tiny.sh [folder for the images, default runs/reproduce-tiny] [parts, default "controls methods hack"]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-runs/reproduce-tiny}
+parts=${2:-controls methods hack}
+to=results/tiny
 
-heatkv eval experiment=demo --out "$out/demo"
-heatkv eval experiment=tiny-controls --out "$out/controls"
-heatkv eval method=full runtime.attention=masked --limit 200 contact_sheet=0 --out "$out/controls"
-heatkv eval method=full metric=shapes --limit all contact_sheet=0 --out "$out/full"
+# An experiment in two processes of one thread each, then its table: small models gain little from a second thread.
+evaluate() { # experiment, folder
+    heatkv calibrate --out "$2" --quiet
+    for i in 0 1; do
+        heatkv eval "experiment=$1" runtime.threads=1 --shard "$i/2" --out "$2" --quiet >/dev/null &
+        shards[i]=$!
+    done
+    wait "${shards[0]}"
+    wait "${shards[1]}"
+    heatkv eval "experiment=$1" --out "$2"
+}
 
-cp "$out/demo/results.csv" results/tiny/demo.csv
-cp "$out/demo/contact-sheet.png" results/tiny/demo.png
-cp "$out/controls/results.csv" results/tiny/controls.csv
-cp "$out/full/results.csv" results/tiny/full-660.csv
-python scripts/compare.py --out "$out/controls" --to results/tiny/controls-compared.csv
+if [[ $parts == *controls* ]]; then
+    heatkv eval experiment=demo --out "$out/demo"
+    heatkv eval experiment=tiny-controls --out "$out/controls"
+    heatkv eval method=full runtime.attention=masked --limit 200 contact_sheet=0 --out "$out/controls"
+    heatkv eval method=full metric=shapes --limit all contact_sheet=0 --out "$out/full"
+    cp "$out/demo/results.csv" $to/demo.csv
+    cp "$out/demo/contact-sheet.png" $to/demo.png
+    cp "$out/controls/results.csv" $to/controls.csv
+    cp "$out/full/results.csv" $to/full-660.csv
+    python scripts/compare.py --out "$out/controls" --to $to/controls-compared.csv
+fi
+
+if [[ $parts == *methods* ]]; then
+    evaluate methods-tiny "$out/methods"
+    cp "$out/methods/results.csv" $to/methods.csv
+    python scripts/compare.py --out "$out/methods" --metrics kl,psnr,shapes --to $to/methods-compared.csv
+    python scripts/make_tables.py $to/methods.csv --compared $to/methods-compared.csv --to $to/methods.md
+fi
+
+if [[ $parts == *hack* ]]; then
+    evaluate hack-axis-tiny "$out/hack-axis"
+    cp "$out/hack-axis/results.csv" $to/hack-axis.csv
+    python scripts/compare.py --out "$out/hack-axis" --metrics kl,psnr_layout,psnr,shapes --to $to/hack-axis-compared.csv
+    python scripts/make_tables.py $to/hack-axis.csv --compared $to/hack-axis-compared.csv --to $to/hack-axis.md
+    evaluate hack-ablations-tiny "$out/hack-ablations"
+    cp "$out/hack-ablations/results.csv" $to/hack-ablations.csv
+    python scripts/compare.py --out "$out/hack-ablations" --base hack --metrics kl,psnr_layout,psnr,shapes \
+        --to $to/hack-ablations-compared.csv
+    python scripts/hack_tables.py $to/hack-ablations.csv $to/hack-ablations-compared.csv --to $to/hack-ablations.md
+fi
+
+if [[ -f $out/methods/results.csv && -f $out/hack-axis/results.csv ]]; then
+    python scripts/published_order.py --out "$out/methods" --out "$out/hack-axis" --to $to/published-order
+fi

@@ -213,8 +213,9 @@ def _stage(
             document = _stage_function(command)(plan, console)
             following = console.following or _next_command(plan)
             about = {"status": "done", "command": plan.command_line, "seconds": round(console.elapsed, 3)}
-            console.result({**about, **document, "next": following})
-            outcome.code = PartialResultError.exit_code if document.get("incomplete") else 0
+            document = {**about, **document, "next": following}
+            outcome.code = PartialResultError.exit_code if document["status"] == "partial" else 0
+            console.result(document)
             if document.get("path") and Path(document["path"]).absolute() not in console.written:
                 console.wrote(Path(document["path"]))
             if not console.following:

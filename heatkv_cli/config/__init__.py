@@ -22,7 +22,7 @@ from heatkv_cli.config.leaves import (
 )
 from heatkv_cli.config.settings import Experiment, Plan, RunConfig, config_hash
 from heatkv_cli.config.sweep import PATH_KEYS
-from heatkv_cli.config.typed import build, build_leaf
+from heatkv_cli.config.typed import build, build_leaf, raise_all
 
 __all__ = [
     "GROUPS",
@@ -45,4 +45,5 @@ __all__ = [
     "compose",
     "conf_dir",
     "config_hash",
+    "raise_all",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -192,15 +192,21 @@ class Policy:
         return ()
 
 
+Granularity = Literal["token", "atom", "-"]
+"""What is kept or dropped as one: a token of a head, an atom (all tokens of a scale in a head), nothing."""
+
+
 @dataclass(frozen=True)
 class Method:
     """Base of all methods: a frozen dataclass whose fields are the paper's parameters.
 
     Class attributes:
         scheduled: the method runs a precomputed `Schedule`, made by `build_schedule`.
+        granularity: what is kept or dropped as one.
     """
 
     scheduled: ClassVar[bool] = False
+    granularity: ClassVar[Granularity] = "token"
 
     @property
     def calibrated(self) -> bool:

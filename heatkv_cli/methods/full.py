@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.policy import Method, Policy
+from heatkv_cli.core.policy import Granularity, Method, Policy
 from heatkv_cli.core.scales import Geometry
 
 
@@ -20,6 +21,8 @@ class Full(Method):
     Source: Infinity (arXiv 2412.04431), `autoregressive_infer_cfg`.
     Differs: upstream also stores the last scale, and keys in float32; neither changes a result.
     """
+
+    granularity: ClassVar[Granularity] = "-"
 
     def policy(
         self,

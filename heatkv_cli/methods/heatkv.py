@@ -10,7 +10,7 @@ from heatkv_cli.core.artifacts import Orders, Schedule
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.orders import random_orders
-from heatkv_cli.core.policy import Keep, Method, Policy, Visit
+from heatkv_cli.core.policy import Granularity, Keep, Method, Policy, Visit
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.core.schedule import removal_schedule
 from heatkv_cli.errors import ConfigError
@@ -39,6 +39,7 @@ class HeatKV(Method):
     order: Literal["scas", "random"] = "scas"
     order_seed: int = 0
     scheduled: ClassVar[bool] = True
+    granularity: ClassVar[Granularity] = "atom"
 
     def __post_init__(self) -> None:
         if self.order not in ("scas", "random"):

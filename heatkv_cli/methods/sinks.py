@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.policy import Keep, Method, Policy, Visit
+from heatkv_cli.core.policy import Granularity, Keep, Method, Policy, Visit
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.core.schedule import smallest_budget
 
@@ -22,6 +23,8 @@ class Sinks(Method):
     Rule: the floor every schedule is built on; whatever a method gains, it gains over this row.
     Source: control of ours; the sink scales are those of HeatKV (arXiv 2605.14877).
     """
+
+    granularity: ClassVar[Granularity] = "atom"
 
     def policy(
         self,

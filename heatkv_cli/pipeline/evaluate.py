@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from heatkv_cli.benchmarks.base import ORIGINAL
-from heatkv_cli.config import Plan, RunConfig
+from heatkv_cli.config import Plan, RunConfig, config_hash, raise_all
 from heatkv_cli.console import Console
-from heatkv_cli.errors import ConfigError
+from heatkv_cli.errors import BudgetError, ConfigError
 from heatkv_cli.metrics.base import Metric, Sample, SetMetric, Value
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.contact_sheet import write_contact_sheet
@@ -47,10 +47,29 @@ class Evaluated:
         return self.job.cfg.is_reference and self.against is not None
 
 
+@dataclass(frozen=True)
+class Infeasible:
+    """A point of a sweep that cannot exist: the method cannot meet the budget, and `error` says why."""
+
+    cfg: RunConfig
+    error: BudgetError
+
+    @property
+    def run_id(self) -> str:
+        """Of a run that never is: the hash of its config alone."""
+        return self.cfg.name(config_hash(self.cfg.identity()))
+
+
 def run(plan: Plan, ui: Console) -> dict[str, Any]:
-    """Make what is missing for every run of the plan, compute its metrics, write results, print the table."""
+    """Make what is missing for every run of the plan, compute its metrics, write results, print the table.
+
+    In a sweep, a budget that a method cannot meet is a row that says so.
+
+    Raises:
+        BudgetError: nothing that was asked for can exist.
+    """
     models, done = Models(), dict[str, Evaluated]()
-    jobs = [(prepare(cfg, ui), prepare(cfg.as_reference(), ui)) for cfg in plan.runs]
+    jobs, infeasible = _prepare(plan, ui)
     jobs += _noise_floor(jobs, ui)
     _announce(jobs, ui)
     for job, reference in jobs:
@@ -60,8 +79,9 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
             done[job.run_id] = _evaluate(job, done[reference.run_id], models, ui)
     shown = [done[run_id] for run_id in dict.fromkeys(job.run_id for job, _ in jobs)]
     path = plan.first.out / "results.csv"
-    upsert_results(path, [row for item in done.values() for row in _rows(item, plan)])
-    _print_table(shown, ui)
+    rows = [row for item in done.values() for row in _rows(item, plan)]
+    upsert_results(path, rows + [row for point in infeasible for row in _infeasible_rows(point, plan)])
+    _print_table(shown, infeasible, ui)
     sheet = None
     if plan.first.contact_sheet:
         sheet = write_contact_sheet(
@@ -72,11 +92,31 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
         ui.wrote(sheet)
     ui.wrote(path)
     return {
+        "status": "partial" if infeasible else "done",
         "path": str(path.absolute()),
         "contact_sheet": str(sheet.absolute()) if sheet else None,
         "runs": [_summary(item) for item in shown],
         **incomplete([(item.job.run_id, item.measured) for item in done.values()], ui),
+        "infeasible": [
+            {"method": point.cfg.method.name, "budget": point.cfg.budget_label, "reason": point.error.message}
+            for point in infeasible
+        ],
     }
+
+
+def _prepare(plan: Plan, ui: Console) -> tuple[list[tuple[Job, Job]], list[Infeasible]]:
+    """Every run with its reference, and the points of the sweep that cannot exist."""
+    jobs, infeasible = [], []
+    for cfg in plan.runs:
+        try:
+            jobs.append((prepare(cfg, ui), prepare(cfg.as_reference(), ui)))
+        except BudgetError as error:
+            infeasible.append(Infeasible(cfg, error))
+    if not jobs:
+        raise_all([point.error for point in infeasible])
+    for point in infeasible:
+        ui.warn(f"left out: {point.error.message}")
+    return jobs, infeasible
 
 
 def _noise_floor(jobs: list[tuple[Job, Job]], ui: Console) -> list[tuple[Job, Job]]:
@@ -210,7 +250,7 @@ def _write_scores(item: Evaluated) -> None:
 
 def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
     """Tidy rows: one per value of each metric, and one per cost."""
-    job, cfg, facts = item.job, item.job.cfg, environment()
+    job, cfg = item.job, item.job.cfg
     costs = {
         key: item.costs[key]
         for key in (
@@ -226,14 +266,8 @@ def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
     chosen = {key.removeprefix(CHOSEN): value for key, value in item.costs.items() if key.startswith(CHOSEN)}
     args = {**cfg.method.params, **({"chosen": chosen} if chosen else {})}
     common = {
-        "run_id": job.run_id, "created_utc": utc_now(), "git_sha": facts["git_sha"], "git_dirty": facts["git_dirty"],
-        "heatkv_version": facts["heatkv_version"], "model": cfg.model.name, "weights_sha256": job.weights_sha256,
-        "method": cfg.method.name, "method_args_json": args, "budget": cfg.budget, "rho": cfg.rho,
-        "schedule_sha256": job.schedule.sha256 if job.schedule else None,
-        "benchmark": cfg.benchmark.name, "benchmark_version": cfg.benchmark.version,
-        "resolution": cfg.model.shape_label, "seed": cfg.seed, "seed_mode": cfg.seed_mode, "dtype": cfg.model.dtype,
-        "attention_backend": setup.backend_of(cfg), "batch_size": cfg.runtime.batch_size, "device": cfg.runtime.device,
-        "torch_version": torch.__version__, "status": "ok", "command": plan.command_line, **costs,
+        **_about(cfg, plan), "run_id": job.run_id, "weights_sha256": job.weights_sha256, "method_args_json": args,
+        "schedule_sha256": job.schedule.sha256 if job.schedule else None, "status": "ok", **costs,
     }  # fmt: skip
     metrics = _metrics(cfg)
     for name, measured in item.measured.items():
@@ -253,7 +287,31 @@ def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
         }
 
 
-def _print_table(items: list[Evaluated], ui: Console) -> None:
+def _infeasible_rows(point: Infeasible, plan: Plan) -> Iterable[dict[str, Any]]:
+    """One row per metric, without a value."""
+    for name, metric in _metrics(point.cfg).items():
+        yield {
+            **_about(point.cfg, plan), "run_id": point.run_id, "status": "infeasible", "reason": point.error.message,
+            "metric": name, "metric_version": metric.version, "unit": metric.unit,
+            "higher_is_better": metric.higher_is_better,
+        }  # fmt: skip
+
+
+def _about(cfg: RunConfig, plan: Plan) -> dict[str, Any]:
+    """What every row of a run says about its config, the code and the command."""
+    facts = environment()
+    return {
+        "created_utc": utc_now(), "git_sha": facts["git_sha"], "git_dirty": facts["git_dirty"],
+        "heatkv_version": facts["heatkv_version"], "torch_version": torch.__version__, "model": cfg.model.name,
+        "method": cfg.method.name, "method_args_json": cfg.method.params, "budget": cfg.budget, "rho": cfg.rho,
+        "benchmark": cfg.benchmark.name, "benchmark_version": cfg.benchmark.version,
+        "resolution": cfg.model.shape_label, "seed": cfg.seed, "seed_mode": cfg.seed_mode, "dtype": cfg.model.dtype,
+        "attention_backend": setup.backend_of(cfg), "batch_size": cfg.runtime.batch_size,
+        "device": cfg.runtime.device, "command": plan.command_line,
+    }  # fmt: skip
+
+
+def _print_table(items: list[Evaluated], infeasible: list[Infeasible], ui: Console) -> None:
     names = list(dict.fromkeys(name for item in items for name in item.measured))
     units = {name: metric.unit for item in items for name, metric in _metrics(item.job.cfg).items()}
     columns = [
@@ -264,6 +322,7 @@ def _print_table(items: list[Evaluated], ui: Console) -> None:
         *(f"{n} ({units[n]})" if units[n] else n for n in names),
         "ms/img",
         "attention",
+        "policy",
     ]
     rows = []
     for item in items:
@@ -274,8 +333,11 @@ def _print_table(items: list[Evaluated], ui: Console) -> None:
         rows.append([
             label, cfg.budget_label, f"{costs['beta_alloc']:.4f}",
             f"{costs['attended_ratio']:.3f}", *cells, f"{1000 * costs['seconds_per_image']:.0f}",
-            f"{costs.get('attention_share', math.nan):.0%}",
+            f"{costs.get('attention_share', math.nan):.0%}", f"{costs.get('policy_share', math.nan):.1%}",
         ])  # fmt: skip
+    for point in infeasible:
+        blank = [""] * (len(columns) - 3)
+        rows.append([point.cfg.method.name, point.cfg.budget_label, "infeasible", *blank])
     ui.table(
         columns,
         rows,
