@@ -102,7 +102,7 @@ EXIT_CODES: dict[int, str] = {
     SetupError.exit_code: "setup: a package, weights, data or a device is missing",
     ArtifactError.exit_code: "artifact: a file is unreadable or made for another model",
     GPUMemoryError.exit_code: "out of device memory",
-    PartialResultError.exit_code: "finished, but some budgets, images or metrics failed: the rows say which",
+    PartialResultError.exit_code: "finished, but some budgets cannot be met, or images or metrics failed",
     INTERRUPTED: "interrupted; the same command goes on where it stopped",
 }
 """What each exit code means; `heatkv --help` and the README print this table."""

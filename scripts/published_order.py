@@ -137,13 +137,31 @@ def text(rows: list[dict[str, Any]]) -> str:
         "beyond the paired 95 % interval over prompts. Best first; `a > b` among the reversed pairs: a is better on "
         "tiny, b in print.\n"
     )
+    levels: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for r in rows:
+        levels.setdefault((r["axis"], r["level"], r["metric"]), []).append(r)
+    summary = [
+        [f"{axis} {level}", ours, str(len(found)), f"{_mean_tau(found):+.2f}", *_counts(found)]
+        for (axis, level, ours), found in sorted(levels.items())
+    ]
+    columns_of_levels = ["level", "on tiny by", "comparisons", "mean tau-b", "same", "reversed", "decided"]
     pairs: dict[str, int] = {}
     for r in rows:
         for pair in filter(None, r["reversed_decided"].split("; ")):
             pairs[pair] = pairs.get(pair, 0) + 1
     worst = [[pair, str(count)] for pair, count in sorted(pairs.items(), key=lambda item: (-item[1], item[0]))]
     swaps = f"Reversed and decided, by pair:\n\n{markdown(['better on tiny, worse in print', 'comparisons'], worst)}"
-    return "\n".join([head, markdown(columns, lines), swaps])
+    every = f"Every comparison:\n\n{markdown(columns, lines)}"
+    return "\n".join([head, markdown(columns_of_levels, summary), swaps, every])
+
+
+def _mean_tau(rows: list[dict[str, Any]]) -> float:
+    defined = [r["tau"] for r in rows if not math.isnan(r["tau"])]
+    return math.fsum(defined) / len(defined) if defined else math.nan
+
+
+def _counts(rows: list[dict[str, Any]]) -> list[str]:
+    return [str(sum(r[key] for r in rows)) for key in ("same", "reversed", "decided")]
 
 
 def main() -> None:

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Makes results/tiny anew, but for the training logs. Resumes where it was interrupted. On two CPU cores the first part
-# takes about 15 minutes; the tables of all methods (parts methods, hack) take about 1.5 hours more.
-#   scripts/reproduce_tiny.sh [folder for the images, default runs/reproduce-tiny] [parts, default "controls methods hack"]
+# takes about 15 minutes, the tables of all methods (parts methods, hack) 1.5 hours, and what policies cost (overhead, on
+# a machine that does nothing else) 10 minutes.
+#   scripts/reproduce_tiny.sh [folder for the images, default runs/reproduce-tiny] [parts, default all four]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-runs/reproduce-tiny}
-parts=${2:-controls methods hack}
+parts=${2:-controls methods hack overhead}
 to=results/tiny
 
 # An experiment in two processes of one thread each, then its table: small models gain little from a second thread.
 evaluate() { # experiment, folder
-    heatkv calibrate --out "$2" --quiet
+    heatkv calibrate "experiment=$1" --out "$2" --quiet >/dev/null
     for i in 0 1; do
-        heatkv eval "experiment=$1" runtime.threads=1 --shard "$i/2" --out "$2" --quiet >/dev/null &
+        heatkv eval "experiment=$1" runtime.threads=1 --shard "$i/2" contact_sheet=0 --out "$2" --quiet >/dev/null &
         shards[i]=$!
     done
     wait "${shards[0]}"
@@ -49,6 +50,13 @@ if [[ $parts == *hack* ]]; then
     python scripts/compare.py --out "$out/hack-ablations" --base hack --metrics kl,psnr_layout,psnr,shapes \
         --to $to/hack-ablations-compared.csv
     python scripts/hack_tables.py $to/hack-ablations.csv $to/hack-ablations-compared.csv --to $to/hack-ablations.md
+fi
+
+if [[ $parts == *overhead* ]]; then
+    heatkv bench experiment=overhead-tiny --out "$out/overhead"
+    mkdir -p results/bench
+    cp "$out"/overhead/bench/*/bench.csv results/bench/overhead-tiny.csv
+    cp "$out"/overhead/bench/*/bench.md results/bench/overhead-tiny.md
 fi
 
 if [[ -f $out/methods/results.csv && -f $out/hack-axis/results.csv ]]; then

@@ -129,10 +129,12 @@ def better(metric: str, interval: Interval) -> str:
 
 
 def number(value: str | float, low: str | float = "", high: str | float = "", sign: str = "") -> str:
-    """A value with its interval, to three significant digits; '' for none."""
+    """A value with its interval, to three significant digits; '' for none, '-' where it is not defined."""
     if value in ("", None):
         return ""
     form = f"{sign}.3g"
+    if math.isnan(float(value)):
+        return "-"
     text = f"{float(value):{form}}"
     if low in ("", None) or not math.isfinite(float(low)):
         return text

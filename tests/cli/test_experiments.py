@@ -1,0 +1,91 @@
+"""The experiment of all methods, tiny, as a user types it; and points of a sweep that cannot exist."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compare
+import make_tables
+from heatkv_cli.cli import run
+from heatkv_cli.config import choices, compose
+
+Capture = pytest.CaptureFixture[str]
+EXPERIMENT = [
+    "eval",
+    "experiment=methods-tiny",
+    "budget=0.1,0.01",
+    "limit=2",
+    "runtime.batch_size=2",
+    "runtime.threads=1",
+]
+SMALL = {"window", "heatkv"}
+"""Those that can live on 1 % of tiny's cache: one token a head."""
+
+
+def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
+    assert run([*arguments, "--json"]) == code, capsys.readouterr().err
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+def test_all_methods_in_one_table(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = str(tmp_path / "out")
+    document = call(capsys, *EXPERIMENT, "--out", out, code=6)
+    assert document["status"] == "partial"
+    methods = set(choices("method")) - {"random", "sinks", "full"}
+    refused = {item["method"] for item in document["infeasible"]}
+    assert {(r["method"], r["budget"]) for r in document["runs"]} == {
+        ("full", "1"), *((name, "0.1") for name in methods), *((name, "0.01") for name in methods - refused),
+    }  # fmt: skip
+    assert SMALL.isdisjoint(refused)
+    assert {"snapkv", "hack", "streaming"} <= refused
+    with Path(document["path"]).open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    status: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for row in rows:
+        status[row["method"], row["budget"]].add(row["status"])
+        assert (row["status"] == "infeasible") == ("the smallest feasible budget is" in row["reason"])
+    assert {key for key, values in status.items() if values == {"infeasible"}} == {(name, "0.01") for name in refused}
+    ok = [row for row in rows if row["status"] == "ok"]
+    assert all(float(row["beta_alloc"]) <= float(row["budget"]) * 1.005 for row in ok)
+    assert {row["metric"] for row in ok} >= {"kl", "psnr", "shapes", "policy_share"}
+
+    before = {path: path.stat().st_mtime_ns for path in Path(out).rglob("*.png")}
+    again = call(capsys, *EXPERIMENT, "--out", out, code=6)
+    assert before == {path: path.stat().st_mtime_ns for path in Path(out).rglob("*.png")}, "made twice"
+    assert again["runs"] == document["runs"]
+
+    compared = tmp_path / "compared.csv"
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", out, "--metrics", "kl,psnr,shapes", "--to", str(compared)])
+    compare.main()
+    with compared.open(newline="") as f:
+        pairs = list(csv.DictReader(f))
+    assert {r["other"] for r in pairs if r["budget"] == "0.1"} == methods - {"heatkv"}
+    table = tmp_path / "methods.md"
+    arguments = [document["path"], "--compared", str(compared), "--to", str(table)]
+    monkeypatch.setattr(sys, "argv", ["make_tables.py", *arguments])
+    make_tables.main()
+    lines = table.read_text().splitlines()
+    assert sum(line.startswith("| ") for line in lines) == 2 + 1 + 2 * len(methods)
+    assert sum("does not exist: budget 0.01" in line for line in lines) == len(refused)
+    assert "heatkv - this, kl" in lines[0]
+
+
+def test_a_sweep_of_which_nothing_can_exist_is_an_error(tmp_path: Path, capsys: Capture) -> None:
+    document = call(capsys, "eval", "method=snapkv,heatkv", "budget=0.002", "--out", str(tmp_path), code=2)
+    assert len(document["errors"]) == 2
+    assert all("smallest feasible" in error["error"] for error in document["errors"])
+
+
+def test_the_experiment_is_what_the_issue_asks_for() -> None:
+    plan = compose(["experiment=methods-tiny"], command="eval", options={}, dry_run=True)
+    assert {run.budget for run in plan.runs} == {"1", "0.5", "0.3", "0.2", "0.1", "0.04"}
+    assert len(plan.runs) == 1 + 11 * 5
+    assert all(run.limit is None and {m.name for m in run.metrics} == {"kl", "psnr", "shapes"} for run in plan.runs)
