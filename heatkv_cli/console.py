@@ -242,7 +242,8 @@ class _Screen(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = _STYLES.get(record.levelno, "")
-        self._err.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(ValueError):  # the stream was closed: a caller in the same process is done with it
+            self._err.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _rich(stream: TextIO) -> RichConsole:

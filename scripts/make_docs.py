@@ -10,6 +10,7 @@ import argparse
 import inspect
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,19 @@ from runs import markdown
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- methods: made by `make docs` -->\n", "<!-- end of methods -->\n"
-COLUMNS = ("method", "rule", "paper", "granularity", "calibration", "timing", "file", "differs")
+COLUMNS = ("method", "rule", "paper", "granularity", "calibration", "timing", "file")
 
 
 def table() -> str:
-    """One line per YAML file: the papers' methods by year, then the controls."""
+    """One line per YAML file, the papers' methods by year, then the controls; then what differs from the papers."""
     files = {name: read_yaml("method", name) for name in choices("method")}
     order = sorted(files, key=lambda name: (not _arxiv(files[name]), name != "full", _arxiv(files[name]), name))
-    return markdown(COLUMNS, [_line(name, files[name]) for name in order])
+    kinds = {load_target(files[name]["_target_"]): name for name in reversed(order)}
+    deviations = "\n".join(f"- `{name}`: {differs(kind)}" for kind, name in reversed(kinds.items()) if differs(kind))
+    return (
+        f"{markdown(COLUMNS, [_line(name, files[name]) for name in order])}\n<details>\n"
+        f"<summary>What differs from the papers</summary>\n\n{deviations}\n\n</details>\n"
+    )
 
 
 def _arxiv(content: dict[str, Any]) -> str:
@@ -40,9 +46,9 @@ def _line(name: str, content: dict[str, Any]) -> list[str]:
     number = _arxiv(content)
     paper = f"[{number}](https://arxiv.org/abs/{number})" if number else "-"
     module = content["_target_"].rpartition(".")[0].removeprefix("heatkv_cli.").replace(".", "/")
-    needs = "yes" if content.get("needs") == "calibration" and name != "random" else "no"
-    rule = str(content["note"])
-    return [f"`{name}`", rule, paper, kind.granularity, needs, _timing(content), f"`{module}.py`", differs(kind)]
+    method = kind(**{field.name: content[field.name] for field in fields(kind) if field.name in content})
+    needs = "yes" if method.calibrated else "no"
+    return [f"`{name}`", str(content["note"]), paper, kind.granularity, needs, _timing(content), f"`{module}.py`"]
 
 
 def _timing(content: dict[str, Any]) -> str:
@@ -54,9 +60,9 @@ def _timing(content: dict[str, Any]) -> str:
 
 
 def differs(kind: type) -> str:
-    """What stands after `Differs:` in a docstring, on one line; '-' for nothing."""
+    """What stands after `Differs:` in a docstring, on one line; empty for nothing."""
     found = re.search(r"^Differs: (.*?)(?:\n\n|\n[A-Z]\w+:|\Z)", inspect.getdoc(kind) or "", re.DOTALL | re.MULTILINE)
-    return re.sub(r" \(specs/[^)]*\)", "", " ".join(found[1].split())) if found else "-"
+    return re.sub(r" \(specs/[^)]*\)", "", " ".join(found[1].split())) if found else ""
 
 
 def updated(text: str) -> str:

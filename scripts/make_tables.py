@@ -25,7 +25,8 @@ def label(row: Row) -> str:
     """Variant, and the seed where there can be several."""
     args = json.loads(row["method_args_json"] or "{}")
     seeds = [f" #{args[key]}" for key in SEEDS if args.get(key)]
-    return variant(row) + "".join(seeds)
+    back_end = f", {row['attention_backend']} attention" if row["attention_backend"] != "grouped" else ""
+    return variant(row) + "".join(seeds) + back_end
 
 
 def wide(rows: list[Row], compared: Iterable[Row] = ()) -> tuple[list[str], list[list[str]]]:
@@ -43,7 +44,7 @@ def wide(rows: list[Row], compared: Iterable[Row] = ()) -> tuple[list[str], list
             reason = f"does not exist: {first['reason']}"
             lines.append([label(first), point(first), *[""] * 5, reason, *[""] * (len(columns) - 8)])
             continue
-        found = {r["metric"]: r for r in mine if r["variant"] == ""}
+        found = {r["metric"]: r for r in reversed(mine) if r["value"]}  # the headline comes first
         cells = [number(*(found[m][k] for k in ("value", "low", "high"))) if m in found else "" for m in metrics]
         other = [differences.get((first["rho"] or first["budget"], variant(first), metric)) for _, metric in against]
         cells += [number(r["difference"], r["low"], r["high"], "+") if r else "" for r in other]

@@ -1,6 +1,7 @@
 """Prompt lists: read, checked, and identified by the sha256 of their file.
 
-A benchmark is one YAML under ``conf/benchmark`` that fills in ``Benchmark``; Python is needed only for a new format.
+A benchmark is one YAML under ``conf/benchmark`` that fills in ``Benchmark``; Python is needed only for a new format
+(``formats.py``). Files are the user's: nothing is downloaded, and no service rewrites a prompt.
 Called by the calibrate and generate stages; the order of the items is the order of the file, on which batches,
 ``--limit`` and shards rely.
 """
@@ -11,15 +12,21 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from heatkv_cli.benchmarks.formats import read_official
 from heatkv_cli.errors import ConfigError, SetupError, did_you_mean
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 FORMATS = ("txt", "jsonl", "csv")
+DATA = "HEATKV_DATA"
+"""Names the folder with the files of benchmarks; without it they are looked for in ``data``."""
+ORIGINAL = "original_prompt"
+"""Where a prompt was rewritten, the entry of ``meta`` that holds it as it was: metrics judge by that."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,14 @@ class Benchmark:
         name: as on the command line and in the result rows.
         version: changes whenever the list or its use changes.
         file: a path; a bare file name that the package brings along (``assets/``) means that file, ``./name`` never.
+            What is not there is looked for below ``HEATKV_DATA``.
         sha256: of the file; None accepts any content.
+        format: of ``formats.READERS``; None goes by the file's ending.
+        count: prompts that the whole list has; None accepts any number.
+        category: only prompts of this category (MJHQ-30K); None takes all.
+        rewrites: a JSON file, an object of prompt to the words that the model gets instead; its digest becomes part of
+            the list's.
+        source: where the file can be had, for messages.
         samples_per_prompt: images per prompt.
         default_metrics: names of ``conf/metric`` that ``eval`` uses when none is asked for.
         id_field, prompt_field: keys of a jsonl line or columns of a csv file.
@@ -75,6 +89,11 @@ class Benchmark:
     version: str
     file: str
     sha256: str | None = None
+    format: str | None = None
+    count: int | None = None
+    category: str | None = None
+    rewrites: str | None = None
+    source: str = ""
     samples_per_prompt: int = 1
     default_metrics: tuple[str, ...] = ()
     id_field: str = "id"
@@ -97,24 +116,83 @@ class Benchmark:
     def path(self) -> Path:
         """The file that ``file`` means."""
         bundled = ASSETS / self.file
-        return bundled if is_bare(self.file) and bundled.is_file() else Path(self.file).expanduser()
+        return bundled if is_bare(self.file) and bundled.is_file() else below_data(self.file)
 
     def load(self) -> PromptSet:
         """Read the list.
 
         Raises:
-            SetupError: the file cannot be read, or is not the one whose sha256 the YAML names.
-            ConfigError: as ``load_prompts``.
+            SetupError: a file cannot be read, or is not the one whose sha256 or number of prompts the YAML names.
+            ConfigError: as ``load_prompts``; an unknown category; a prompt without its rewriting.
         """
+        path = self.path
+        if self.source and not path.exists():
+            raise SetupError(
+                f"benchmark {self.name}: {path} is missing ({DATA} is {os.environ.get(DATA) or 'not set'})",
+                f"get it from {self.source} and put it there, or set benchmark.file",
+            )
         prompts = load_prompts(
-            self.path, name=self.name, version=self.version, id_field=self.id_field, prompt_field=self.prompt_field
-        )
+            path, name=self.name, version=self.version, id_field=self.id_field, prompt_field=self.prompt_field,
+            kind=self.format,
+        )  # fmt: skip
         if self.sha256 is not None and prompts.sha256 != self.sha256:
             raise SetupError(
-                f"benchmark {self.name}: {self.path} has sha256 {prompts.sha256}, expected {self.sha256}",
+                f"benchmark {self.name}: {path} has sha256 {prompts.sha256}, expected {self.sha256}",
                 "get the original file again, or set benchmark.sha256=null and benchmark.version to use this one",
             )
-        return prompts
+        if self.count is not None and len(prompts) != self.count:
+            raise SetupError(
+                f"benchmark {self.name}: {path} has {len(prompts)} prompts, expected {self.count}",
+                "get the original file again, or set benchmark.count=null and benchmark.version to use this one",
+            )
+        return self._rewritten(self._chosen(prompts))
+
+    def _chosen(self, prompts: PromptSet) -> PromptSet:
+        """The prompts of the category."""
+        if self.category is None:
+            return prompts
+        items = tuple(item for item in prompts.items if item.meta.get("category") == self.category)
+        if not items:
+            known = sorted({str(item.meta["category"]) for item in prompts.items if "category" in item.meta})
+            raise ConfigError(
+                f"benchmark {self.name}: there is no category '{self.category}'", did_you_mean(self.category, known)
+            )
+        return replace(prompts, items=items)
+
+    def _rewritten(self, prompts: PromptSet) -> PromptSet:
+        """The prompts in other words, which a file gives."""
+        if self.rewrites is None:
+            return prompts
+        path = below_data(self.rewrites)
+        try:
+            data = path.read_bytes()
+            table = json.loads(data)
+        except OSError as error:
+            raise SetupError(f"cannot read {path}: {error.strerror or error}", "check benchmark.rewrites") from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}", "write an object of prompt to rewriting") from error
+        if not isinstance(table, dict) or not all(isinstance(words, str) and words.strip() for words in table.values()):
+            raise ConfigError(f"{path} is no object of prompt to rewriting", 'write {"a cat": "a fluffy cat, ..."}')
+        missing = [item.prompt for item in prompts.items if item.prompt not in table]
+        if missing:
+            raise ConfigError(
+                f"{path} lacks {len(missing)} of {len(prompts)} prompts, the first: {missing[0]!r}",
+                "add them; a prompt that stays as it is stands for itself",
+            )
+        items = tuple(
+            replace(item, prompt=table[item.prompt], meta={**item.meta, ORIGINAL: item.prompt})
+            for item in prompts.items
+        )
+        both = hashlib.sha256(f"{prompts.sha256} {hashlib.sha256(data).hexdigest()}".encode()).hexdigest()
+        return replace(prompts, items=items, sha256=both)
+
+
+def below_data(file: str) -> Path:
+    """``file`` as it is where it exists or is absolute, else below the folder of benchmark files."""
+    path = Path(file).expanduser()
+    if path.is_absolute() or path.exists() or file.startswith("."):
+        return path
+    return Path(os.environ.get(DATA) or "data").expanduser() / path
 
 
 def is_bare(file: str) -> bool:
@@ -129,6 +207,7 @@ def load_prompts(
     version: str = "1",
     id_field: str = "id",
     prompt_field: str = "prompt",
+    kind: str | None = None,
 ) -> PromptSet:
     """Read a prompt list; the format follows the file's ending.
 
@@ -141,12 +220,17 @@ def load_prompts(
         version: of the set.
         id_field: key of a jsonl line or column of a csv file.
         prompt_field: the same.
+        kind: a published format of ``formats.READERS``; None goes by the ending.
 
     Raises:
         SetupError: the file cannot be read.
         ConfigError: unknown ending, text that is not UTF-8, no prompts, a malformed line, an id given twice.
     """
     path = Path(path)
+    if kind is not None:
+        rows, digest = read_official(path, kind)
+        items = _items(path, ((line, row) for line, row in enumerate(rows, start=1)), "id", "prompt")
+        return PromptSet(name or path.stem, version, _some(path, items), digest)
     kind = path.suffix.removeprefix(".").lower()
     if kind not in FORMATS:
         raise ConfigError(f"prompt list {path} has an unknown ending '{path.suffix}'", did_you_mean(kind, FORMATS))
@@ -163,9 +247,13 @@ def load_prompts(
         raise ConfigError(f"prompt list {path} is not UTF-8 text: {error}", "save it as UTF-8") from error
     read = {"txt": _read_txt, "jsonl": _read_jsonl, "csv": _read_csv}[kind]
     items = _items(path, read(path, text, prompt_field), id_field, prompt_field)
+    return PromptSet(name or path.stem, version, _some(path, items), hashlib.sha256(data).hexdigest())
+
+
+def _some(path: Path, items: tuple[PromptItem, ...]) -> tuple[PromptItem, ...]:
     if not items:
         raise ConfigError(f"prompt list {path} has no prompts", "write one prompt per line")
-    return PromptSet(name or path.stem, version, items, hashlib.sha256(data).hexdigest())
+    return items
 
 
 def _items(

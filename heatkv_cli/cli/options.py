@@ -17,7 +17,7 @@ def complete_override(incomplete: str) -> list[str]:
     if not equals:
         return [
             f"{name}="
-            for name in (*GROUPS, "budget", "rho", "seed", "limit", "out", "shard", "weights", *SHORT)
+            for name in (*GROUPS, "budget", "rho", "seed", "limit", "out", "shard", "weights", "memory", *SHORT)
             if name.startswith(key)
         ]
     typed, comma, last = start.rpartition(",")

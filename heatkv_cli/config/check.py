@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
@@ -29,6 +31,7 @@ def typed_run(plain: dict[str, Any], errors: list[ConfigError]) -> RunConfig | N
     values["model"] = _at_ratio(_renamed(values["model"]), errors)
     values["limit"] = _limit(values["limit"], errors)
     values["shard"] = _shard(values["shard"], errors)
+    values["memory"] = _memory(values["memory"], errors)
     model = values["model"] and from_plain(ModelConfig, values["model"], "model", errors)
     if model is not None:
         _check_model(model, errors)
@@ -85,6 +88,19 @@ def _shard(value: Any, errors: list[ConfigError]) -> tuple[int, int]:
         return int(index), int(count)
     errors.append(ConfigError(f"shard is {show(value)}", "shard=0/4 is the first of four, shard=3/4 the last"))
     return 0, 1
+
+
+def _memory(value: Any, errors: list[ConfigError]) -> int | None:
+    """Bytes from a number and a unit: 24GiB, 80GB, 16e9."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*(?:([KMGT])(i?))?B?", str(value), re.IGNORECASE)
+    with suppress(ValueError):
+        if found:
+            power = "KMGT".find((found[2] or " ").upper()) + 1
+            return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    errors.append(ConfigError(f"memory is {show(value)}", "memory=24GiB (2^30), memory=80GB (10^9), or bytes"))
+    return None
 
 
 def _set_budget(values: dict[str, Any], model: ModelConfig | None, errors: list[ConfigError]) -> None:

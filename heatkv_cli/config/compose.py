@@ -35,7 +35,7 @@ CHOICES = {
 """Keys whose value is the name of a file, and the group it is chosen from."""
 
 _FIXED = (
-    *("_target_", "name", "needs", "budgetless", "paper", "note", "presets", "trained_at"),
+    *("_target_", "name", "needs", "budgetless", "paper", "note", "presets", "trained_at", "sketch"),
     *("default_metrics", *_PROMPTS.values()),
 )
 """Keys below a group that belong to its file: reading them from elsewhere would not be seen, or would be a lie."""

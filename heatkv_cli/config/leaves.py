@@ -5,7 +5,6 @@ Pure Python: no hydra, no torch, no file is opened here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -76,6 +75,7 @@ class ModelConfig:
         default_benchmark: what `generate` and `eval` use when no benchmark is named.
         calibration_prompts: the benchmark whose prompts `calibrate` uses.
         calibration_check: a second list, whose orders `calibrate` compares with the first one's.
+        sketch: dotted path of the function that makes its shape without weights, for byte plans.
         weights: files, digests, licences.
         params: the remaining arguments of `target`.
     """
@@ -99,6 +99,7 @@ class ModelConfig:
     trained_at: tuple[str, ...] = ()
     force_resolution: bool = False
     preset: str = ""
+    sketch: str = ""
     weights: Weights = field(default_factory=Weights)
     params: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
@@ -144,10 +145,6 @@ class ModelConfig:
         }
 
 
-# Parameters that a method got after results of it were committed, and the values that leave those results as they are.
-_LATER: Mapping[str, Mapping[str, Any]] = {"streaming": {"timing": "after", "recent": "raster"}}
-
-
 @dataclass(frozen=True)
 class MethodConfig:
     """`conf/method/<name>.yaml`.
@@ -169,10 +166,8 @@ class MethodConfig:
     note: str = ""
 
     def identity(self) -> dict[str, Any]:
-        """What of the method can change an image; a parameter that came later only counts away from its default."""
-        later = _LATER.get(self.name, {})
-        params = {key: value for key, value in self.params.items() if later.get(key) != value}
-        return {"name": self.name, "target": self.target, "params": params}
+        """What of the method can change an image."""
+        return {"name": self.name, "target": self.target, "params": self.params}
 
 
 @dataclass(frozen=True)

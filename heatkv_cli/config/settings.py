@@ -37,8 +37,11 @@ class RunConfig:
         text: where text features are kept; None for `out`/text.
         calibration, schedule: artifacts to use instead of those `out` holds.
         orders: removal orders in the upstream file format, for `build-schedule`.
+        memory: bytes that the byte plan shall fit; None where none were named.
         contact_sheet: columns of the picture `eval` ends with; 0 for none.
         repeats, warmup: measured and unmeasured passes of `bench`.
+        noise_floor: `eval` also compares the reference with itself, with the dense attention back end or one prompt
+            at a time; None leaves that out.
     """
 
     model: ModelConfig
@@ -61,9 +64,11 @@ class RunConfig:
     calibration: Path | None
     schedule: Path | None
     orders: Path | None
+    memory: int | None
     contact_sheet: int
     repeats: int
     warmup: int
+    noise_floor: Literal["attention", "batch"] | None = None
 
     @property
     def budget_label(self) -> str:

@@ -4,10 +4,15 @@ Two shapes exist, because a set metric has no number per image:
 
 * ``ImageMetric`` gives each image a ``Score``; ``summarise`` turns all scores of a run into values. Scores are plain
   rows, so a run can be resumed, sharded, or compared with another run image by image.
-* ``SetMetric`` gathers additive state (``update``, ``merge``) and computes values at the end (FID).
+* ``SetMetric`` (FID) goes from images to features to additive statistics to values. Features are one row per image, so
+  they are resumed and sharded as scores are, and metrics with the same extractor share them.
 
-The evaluation stage loads images, hands out samples and writes values; metrics read no files and know neither models
-nor methods. ``needs`` names the generation pass whose images a metric wants.
+The evaluation stage loads images, hands out samples and writes values; metrics read no images and know neither models
+nor methods. ``needs`` names the generation pass whose images a metric wants. A metric whose weights or packages are
+missing raises ``SetupError`` when it is first used; the stage turns that into a row with ``status=skipped``.
+
+What a metric may have besides: ``score_batch`` and ``batch_size``; ``weights_sha256`` and ``settings`` (what else
+decides the number), for the rows; ``device``, taken from the run; ``self_check``, '' or what is wrong, for ``doctor``.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv_cli.errors import ArtifactError
 from heatkv_cli.metrics.intervals import Interval, paired_interval
 
 Kind = Literal["paired", "set", "prompt"]
@@ -26,6 +32,7 @@ Kind = Literal["paired", "set", "prompt"]
 Pass = Literal["free", "layout", "forced"]
 """Ordinary generation; the full run's bits copied at the layout scales; teacher-forced on all of the full run's."""
 Image = NDArray[np.uint8]
+Features = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -138,24 +145,108 @@ class ImageMetric(_Described, Protocol):
         ...
 
 
-@runtime_checkable
-class SetMetric(_Described, Protocol):
-    """A metric of a whole set of images (kind ``set``); one object per set."""
+class Extractor(Protocol):
+    """Images to features, one row per image; what it needs is loaded on the first call."""
 
-    def update(self, sample: Sample) -> None:
-        """Add one image to the state."""
+    @property
+    def name(self) -> str:
+        """Network and preprocessing, for folder names."""
+        ...
+
+    @property
+    def weights_sha256(self) -> str:
+        """Digest of the weights; raises SetupError where there are none."""
+        ...
+
+    def __call__(self, images: Sequence[Image]) -> Features:
+        """(n, d) features of n images, which may differ in size."""
+        ...
+
+
+class Statistics(Protocol):
+    """What a set metric keeps of a set: additive, so that batches and shards give what the whole would."""
+
+    def add(self, index: Sequence[int], features: Features) -> None:
+        """Add images: their places in the list of all images, and their (n, d) features."""
         ...
 
     def merge(self, other: Self) -> None:
-        """Add another object's state, as if its images had been added here."""
+        """Add the statistics of other images."""
         ...
 
-    def compute(self) -> list[Value]:
-        """Values of the set, headline first."""
+
+@runtime_checkable
+class SetMetric(_Described, Protocol):
+    """A metric of a whole set of images (kind ``set``)."""
+
+    @property
+    def min_images(self) -> int:
+        """With fewer images on either side the metric is skipped."""
+        ...
+
+    @property
+    def reference(self) -> str | None:
+        """``full`` (the full run's images), a folder, a file of statistics; None where nothing is compared."""
+        ...
+
+    @property
+    def extractor(self) -> Extractor:
+        """Where its features come from."""
+        ...
+
+    def statistics(self) -> Any:
+        """New, empty ``Statistics``."""
+        ...
+
+    def compute(self, images: Any, reference: Any = None) -> list[Value]:
+        """Values of a set, headline first.
+
+        Args:
+            images: ``Statistics`` of the generated images.
+            reference: those of the reference; None for a metric without one.
+        """
         ...
 
 
 Metric = ImageMetric | SetMetric
+
+
+def score_batch(metric: ImageMetric, samples: Sequence[Sample]) -> list[Score]:
+    """Scores of several images: in one pass through the network where the metric has a ``score_batch`` of its own."""
+    together = getattr(metric, "score_batch", None)
+    return together(samples) if together else [metric.score(sample) for sample in samples]
+
+
+def pair_of(metric: str, sample: Sample) -> tuple[Image, Image]:
+    """Image and reference of a sample.
+
+    Raises:
+        ArtifactError: one is missing, or their sizes differ.
+    """
+    if sample.image is None or sample.reference is None:
+        missing = "reference" if sample.image is not None else "image"
+        raise ArtifactError(
+            f"{metric}: prompt {sample.prompt_id} has no {missing}",
+            "run the same command with method=full first, or let 'heatkv eval' make what is missing",
+        )
+    if sample.image.shape != sample.reference.shape:
+        raise ArtifactError(
+            f"{metric}: prompt {sample.prompt_id}: image has size {sample.image.shape} but its reference has "
+            f"{sample.reference.shape}",
+            "both must come from the same model and resolution; remove the older run folder",
+        )
+    return sample.image, sample.reference
+
+
+def image_of(metric: str, sample: Sample) -> Image:
+    """Image of a sample.
+
+    Raises:
+        ArtifactError: it has none.
+    """
+    if sample.image is None:
+        raise ArtifactError(f"{metric}: prompt {sample.prompt_id} has no image", "run 'heatkv generate' first")
+    return sample.image
 
 
 def paired_difference(

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Box = tuple[float, float, float, float]
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+"""GenEval's tasks, in its order; a score is the unweighted mean over them."""
 RELATION_NAMES = ("left of", "right of", "above", "below")
 _NO_OFFSET = 1e-3
 """Pixels; a reduced offset smaller than this on both axes is no relation at all (a literal in GenEval's code)."""

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from heatkv_cli.errors import ArtifactError, ConfigError
 from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, paired_difference
-from heatkv_cli.metrics.decisions import Detection, Rules, decide
+from heatkv_cli.metrics.decisions import TASKS, Detection, Rules, decide
 from heatkv_cli.metrics.intervals import bootstrap_interval
 
 PALETTE: dict[str, tuple[float, float, float]] = {
@@ -36,8 +36,6 @@ GROUNDS: dict[str, tuple[float, float, float]] = {
 """Colours of the flat background, RGB in [0, 1]; none has a chroma, by which objects are told from it."""
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
 ORDER = "position_order"
-TASKS: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-"""GenEval's tasks, in its order."""
 
 _COLOUR_NAMES = list(PALETTE)
 _COLOURS = np.array(list(PALETTE.values()))

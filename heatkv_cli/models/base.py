@@ -5,19 +5,19 @@ A model knows `cache.attend` and `cache.end_scale` and nothing of methods, budge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heatkv_cli.core.scales import Geometry
 
 
-class Cache(Protocol):
-    """The seam, seen from the model."""
+class Attend(Protocol):
+    """What a block asks for; a KV cache while generating, attention over the whole sequence in training."""
 
     def attend(
         self,
@@ -34,6 +34,10 @@ class Cache(Protocol):
         once or not at all. A model may leave it away; a method that needs it then says so.
         """
         ...
+
+
+class Cache(Attend, Protocol):
+    """The seam, seen from the model."""
 
     def end_scale(self) -> None:
         """All layers have processed the current scale."""
@@ -119,3 +123,20 @@ class ImageModel(Protocol):
     def decode(self, latent: Tensor) -> Tensor:
         """Latents -> RGB uint8 (B, height, width, 3)."""
         ...
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A model's shape without its memory; `sketch` in conf/model names the function that makes it.
+
+    Args:
+        model: on the meta device: runs, and computes nothing.
+        networks: its networks by name; together they are all the weights that stay in memory.
+        condition: batch -> what `encode` would return for as many prompts.
+        encoder_bytes: of a text encoder that is loaded, run and freed before the first image; 0 where there is none.
+    """
+
+    model: ImageModel
+    networks: Mapping[str, nn.Module]
+    condition: Callable[[int], Any]
+    encoder_bytes: int

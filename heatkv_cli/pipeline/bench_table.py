@@ -105,12 +105,12 @@ Passes = Mapping[str, Sequence[Pass]]
 
 
 def numbers(job: Job, full: Job, passes: Passes) -> dict[Key, Number]:
-    """All numbers of one run over the repeats it has; the last one of a key is dropped where repeats lack it."""
+    """All numbers of one run over the repeats it has so far."""
     mine, theirs = ([each.values() for each in passes.get(one.run_id, ())] for one in (job, full))
     found = {}
-    for key in mine[0] if mine else ():
-        values = [each[key] for each in mine]
-        pairs = [(a[key], b[key]) for a, b in zip(mine, theirs, strict=False) if b.get(key)]
+    for key in dict.fromkeys(key for each in mine for key in each):
+        values = [each[key] for each in mine if key in each]
+        pairs = [(a[key], b[key]) for a, b in zip(mine, theirs, strict=False) if key in a and b.get(key)]
         ratio = median(a / b for a, b in pairs) if pairs else None
         found[key] = Number(median(values), min(values), max(values), len(values), ratio)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from heatkv_cli.config import Plan, RunConfig, config_hash
+from heatkv_cli.config import ModelConfig, Plan, RunConfig, config_hash
 from heatkv_cli.console import Console
 from heatkv_cli.core.artifacts import Orders, Schedule, load_orders
 from heatkv_cli.core.calibration import Calibration
@@ -73,9 +73,14 @@ def _orders(cfg: RunConfig, ui: Console) -> Orders:
     geometry = setup.geometry_of(cfg.model)
     if cfg.orders is None:
         return Calibration.load(calibration_path(cfg, ui), geometry).orders()
+    return orders_of_file(cfg.orders, cfg.model)
+
+
+def orders_of_file(path: Path, model: ModelConfig) -> Orders:
+    """Published removal orders for a model; errors as in `load_orders`."""
     # upstream's lists were found at the largest resolution; smaller ones use the lists of the sources they have
-    found_at = cfg.model.order_scales or max(cfg.model.resolutions.values(), key=len)
-    return load_orders(cfg.orders, geometry, ScaleSchedule(found_at))
+    found_at = model.order_scales or max(model.resolutions.values(), key=len)
+    return load_orders(path, setup.geometry_of(model), ScaleSchedule(found_at))
 
 
 def _report(path: Path, schedule: Schedule) -> dict[str, Any]:

@@ -1,26 +1,32 @@
-"""eval: manifests -> metrics -> results.csv, a table and a contact sheet. Runs whatever stage is missing before it."""
+"""eval: manifests -> metrics -> results.csv, a table and a contact sheet. Runs whatever stage is missing before it.
+
+A metric that lacks weights, a package or images becomes a row with `status=skipped` and the reason; the others go on.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image as Pixels
 
-from heatkv_cli.config import MetricConfig, Plan, RunConfig, build_leaf, config_hash, raise_all
+from heatkv_cli.benchmarks.base import ORIGINAL
+from heatkv_cli.config import Plan, RunConfig, config_hash, raise_all
 from heatkv_cli.console import Console
-from heatkv_cli.errors import BudgetError
-from heatkv_cli.metrics.base import ImageMetric, Metric, Sample, Score, Value
+from heatkv_cli.errors import BudgetError, ConfigError
+from heatkv_cli.metrics.base import Metric, Sample, SetMetric, Value
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.contact_sheet import write_contact_sheet
 from heatkv_cli.pipeline.generate import CHOSEN, FREE, Job, Models, prepare, run_pass
+from heatkv_cli.pipeline.image_folder import read_image, reference_of
+from heatkv_cli.pipeline.measure import Item, Measured, incomplete, measure, metric_rows, statistics_of
 from heatkv_cli.results import RunFolder, encode_rows, environment, upsert_results, utc_now, write_file
 
 SCORE_COLUMNS = ("image_id", "metric", "value", "stratum", "note")
@@ -28,12 +34,17 @@ SCORE_COLUMNS = ("image_id", "metric", "value", "stratum", "note")
 
 @dataclass
 class Evaluated:
-    """A run with its numbers: mean costs, and per metric the values and the scores of each image."""
+    """A run with its numbers: mean costs, and what came out of each metric; `against` is the full run's id."""
 
     job: Job
+    against: str | None
     costs: dict[str, float]
-    values: dict[str, list[Value]]
-    scores: dict[str, list[Score]]
+    measured: dict[str, Measured]
+
+    @property
+    def is_noise_floor(self) -> bool:
+        """Whether this is the reference method once more, with other arithmetic."""
+        return self.job.cfg.is_reference and self.against is not None
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
     """
     models, done = Models(), dict[str, Evaluated]()
     jobs, infeasible = _prepare(plan, ui)
+    jobs += _noise_floor(jobs, ui)
     _announce(jobs, ui)
     for job, reference in jobs:
         if reference.run_id not in done:
@@ -84,6 +96,7 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
         "path": str(path.absolute()),
         "contact_sheet": str(sheet.absolute()) if sheet else None,
         "runs": [_summary(item) for item in shown],
+        **incomplete([(item.job.run_id, item.measured) for item in done.values()], ui),
         "infeasible": [
             {"method": point.cfg.method.name, "budget": point.cfg.budget_label, "reason": point.error.message}
             for point in infeasible
@@ -106,6 +119,18 @@ def _prepare(plan: Plan, ui: Console) -> tuple[list[tuple[Job, Job]], list[Infea
     return jobs, infeasible
 
 
+def _noise_floor(jobs: list[tuple[Job, Job]], ui: Console) -> list[tuple[Job, Job]]:
+    """The full run once more with other arithmetic, against the full run: what a difference of nothing looks like."""
+    kind, reference = jobs[0][0].cfg.noise_floor, jobs[0][1]
+    if kind is None:
+        return []
+    if kind == "batch" and reference.cfg.runtime.batch_size == 1:
+        raise ConfigError("noise_floor=batch compares with batches of 1", "set runtime.batch_size, or use attention")
+    other = {"attention": "masked"} if kind == "attention" else {"batch_size": 1}
+    cfg = replace(reference.cfg, runtime=replace(reference.cfg.runtime, **other))
+    return [(prepare(cfg, ui), reference)]
+
+
 def _announce(jobs: list[tuple[Job, Job]], ui: Console) -> None:
     """Say what will be made, and what a full cache would take, before anything is made."""
     everything = {job.run_id: job for pair in jobs for job in pair}
@@ -120,11 +145,12 @@ def _announce(jobs: list[tuple[Job, Job]], ui: Console) -> None:
 
 
 def _metrics(cfg: RunConfig) -> dict[str, Metric]:
-    return {config.name: _metric(config) for config in cfg.metrics}
+    return {config.name: setup.metric_of(config, setup.device_of(cfg)) for config in cfg.metrics}
 
 
-def _metric(config: MetricConfig) -> Metric:
-    return build_leaf(config, object, where=f"metric {config.name}")  # type: ignore[return-value]
+def _against_full(metric: Metric) -> bool:
+    """Whether the number only means something beside the full run's images."""
+    return metric.kind == "paired" or (isinstance(metric, SetMetric) and metric.reference == "full")
 
 
 def _evaluate(job: Job, full: Evaluated | None, models: Models, ui: Console) -> Evaluated:
@@ -132,47 +158,69 @@ def _evaluate(job: Job, full: Evaluated | None, models: Models, ui: Console) -> 
     run_pass(job, FREE, models, ui)
     metrics = _metrics(job.cfg)
     if full is None:  # compared with itself: nothing to measure
-        metrics = {name: metric for name, metric in metrics.items() if metric.kind != "paired"}
+        metrics = {name: metric for name, metric in metrics.items() if not _against_full(metric)}
     for kind in dict.fromkeys(metric.needs for metric in metrics.values()):
         if kind != FREE:
             run_pass(job, kind, models, ui, full.job if full else None)
-    reference = None if full is None else RunFolder.reading(full.job.folder / FREE)
-    result = Evaluated(job, _costs(RunFolder.reading(job.folder / FREE), job), {}, {})
-    folders = {metric.needs: RunFolder.reading(job.folder / metric.needs) for metric in metrics.values()}
+    result = Evaluated(job, full.job.run_id if full else None, _costs(RunFolder.reading(job.folder / FREE), job), {})
+    configs = {config.name: config for config in job.cfg.metrics}
+    items = {kind: _items(job, kind, full) for kind in {metric.needs for metric in metrics.values()}}
     for name, metric in metrics.items():
-        samples = _samples(job, folders[metric.needs], reference)
-        if isinstance(metric, ImageMetric):
-            scores = [metric.score(sample) for sample in samples]
-            baseline = full.scores.get(name) if full else None
-            result.scores[name] = scores
-            result.values[name] = metric.summarise(scores, baseline)
-        else:
-            for sample in samples:
-                metric.update(sample)
-            result.values[name] = metric.compute()
+        result.measured[name] = measure(
+            metric,
+            configs[name],
+            items[metric.needs],
+            job.folder,
+            ui,
+            baseline=full.measured[name].scores if full and name in full.measured else None,
+            reference=_reference(metric, job, full, ui),
+            shard=job.cfg.shard,
+        )
     _write_scores(result)
     return result
 
 
-def _samples(job: Job, folder: RunFolder, reference: RunFolder | None) -> Iterable[Sample]:
+def _reference(metric: Metric, job: Job, full: Evaluated | None, ui: Console) -> Callable[[SetMetric], Any] | None:
+    """What gives a set metric the statistics of its reference."""
+    if not isinstance(metric, SetMetric) or metric.reference is None:
+        return None
+    if metric.reference != "full":
+        return reference_of(Path(metric.reference).expanduser(), job.cfg.out, ui)
+    if full is None:
+        return None
+    pictures = _items(full.job, FREE, None)[: job.shown]
+    return lambda m: statistics_of(m, pictures, full.job.folder / "features", ui, {}, job.cfg.shard)
+
+
+def _items(job: Job, kind: str, full: Evaluated | None) -> list[Item]:
+    """The images of a pass, each with the full run's where there is one; nothing is read yet."""
+    folder = RunFolder.reading(job.folder / kind)
+    reference = None if full is None else RunFolder.reading(full.job.folder / FREE)
+    items = []
     for image in job.images[: job.shown]:
         row = folder.row(image.image_id)
         if row is None:
             continue  # another shard's
         other = reference.row(image.image_id) if reference else None
-        yield Sample(
-            prompt_id=image.item.id,
-            prompt=image.item.prompt,
-            meta=image.item.meta,
-            image=_pixels(folder.path, row),
-            reference=None if other is None or reference is None else _pixels(reference.path, other),
-            recorded=json.loads(row["numbers_json"]),
-            index=image.sample,
-        )
+        file = folder.path / row["file"] if row["file"] else None
+        beside = reference.path / other["file"] if reference and other and other["file"] else None
+        facts = [row["sha256"] or row["numbers_json"], other["sha256"] if other else "", image.item.prompt]
+        facts.append(json.dumps(dict(image.item.meta), sort_keys=True, default=str))
+        key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+        items.append(Item(image.image_id, key, partial(_sample, image, row["numbers_json"], file, beside)))
+    return items
 
 
-def _pixels(folder: Path, row: Mapping[str, str]) -> np.ndarray[Any, Any] | None:
-    return np.asarray(Pixels.open(folder / row["file"]).convert("RGB")) if row["file"] else None
+def _sample(image: setup.Image, numbers: str, file: Path | None, reference: Path | None) -> Sample:
+    return Sample(
+        prompt_id=image.item.id,
+        prompt=image.item.meta.get(ORIGINAL, image.item.prompt),
+        meta=image.item.meta,
+        image=None if file is None else read_image(file),
+        reference=None if reference is None else read_image(reference),
+        recorded=json.loads(numbers),
+        index=image.sample,
+    )
 
 
 def _costs(folder: RunFolder, job: Job) -> dict[str, float]:
@@ -186,8 +234,8 @@ def _write_scores(item: Evaluated) -> None:
     """The number of every image, for paired comparisons between any two runs (scripts/compare.py)."""
     rows: list[Mapping[str, Any]] = [dict(zip(SCORE_COLUMNS, SCORE_COLUMNS, strict=True))]
     image_ids = {(image.item.id, image.sample): image.image_id for image in item.job.images}
-    for metric, scores in item.scores.items():
-        for score in scores:  # of a shard perhaps: not one for every image
+    for metric, measured in item.measured.items():
+        for score in measured.scores:  # of a shard perhaps: not one for every image
             rows.append(
                 {
                     "image_id": image_ids[score.prompt_id, score.index],
@@ -222,15 +270,10 @@ def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
         "schedule_sha256": job.schedule.sha256 if job.schedule else None, "status": "ok", **costs,
     }  # fmt: skip
     metrics = _metrics(cfg)
-    for name, values in item.values.items():
-        metric = metrics[name]
-        for value in values:
-            yield {
-                **common, "metric": name, "metric_version": metric.version, "variant": value.variant,
-                "value": value.value, "stderr": value.stderr, "low": value.low, "high": value.high, "n": value.n,
-                "unit": metric.unit, "higher_is_better": metric.higher_is_better,
-                "reference": cfg.reference.name if metric.kind == "paired" else None, **value.extra,
-            }  # fmt: skip
+    for name, measured in item.measured.items():
+        reference = cfg.reference.name if _against_full(metrics[name]) else getattr(metrics[name], "reference", None)
+        for row in metric_rows(metrics[name], measured):
+            yield {**common, "reference": reference, **row}
     for stage in ("attention", "policy", "pool"):
         yield {
             **common,
@@ -269,14 +312,14 @@ def _about(cfg: RunConfig, plan: Plan) -> dict[str, Any]:
 
 
 def _print_table(items: list[Evaluated], infeasible: list[Infeasible], ui: Console) -> None:
-    names = list(dict.fromkeys(name for item in items for name in item.values))
+    names = list(dict.fromkeys(name for item in items for name in item.measured))
     units = {name: metric.unit for item in items for name, metric in _metrics(item.job.cfg).items()}
     columns = [
         "method",
         "budget",
         "beta_alloc",
         "attended",
-        *(f"{n} ({units[n]})" for n in names),
+        *(f"{n} ({units[n]})" if units[n] else n for n in names),
         "ms/img",
         "attention",
         "policy",
@@ -284,10 +327,11 @@ def _print_table(items: list[Evaluated], infeasible: list[Infeasible], ui: Conso
     rows = []
     for item in items:
         cfg, costs = item.job.cfg, item.costs
-        cells = [_cell(item.values[n][0]) if n in item.values else "" for n in names]
+        cells = [_cell(item.measured.get(n)) for n in names]
         seed = cfg.method.params.get("order_seed")
+        label = cfg.method.name + (f"#{seed}" if seed else "") + (" again" if item.is_noise_floor else "")
         rows.append([
-            cfg.method.name + (f"#{seed}" if seed else ""), cfg.budget_label, f"{costs['beta_alloc']:.4f}",
+            label, cfg.budget_label, f"{costs['beta_alloc']:.4f}",
             f"{costs['attended_ratio']:.3f}", *cells, f"{1000 * costs['seconds_per_image']:.0f}",
             f"{costs.get('attention_share', math.nan):.0%}", f"{costs.get('policy_share', math.nan):.1%}",
         ])  # fmt: skip
@@ -301,7 +345,10 @@ def _print_table(items: list[Evaluated], infeasible: list[Infeasible], ui: Conso
     )
 
 
-def _cell(value: Value) -> str:
+def _cell(measured: Measured | None) -> str:
+    if measured is None or not measured.values:
+        return "" if measured is None else measured.status
+    value: Value = measured.values[0]
     digits = 5 if abs(value.value) < 0.1 else 3 if abs(value.value) < 2 else 2
     if not math.isfinite(value.low):
         return f"{value.value:.{digits}f}"
@@ -310,8 +357,11 @@ def _cell(value: Value) -> str:
 
 def _summary(item: Evaluated) -> dict[str, Any]:
     values = {
-        name: [{"variant": v.variant, "value": v.value, "low": v.low, "high": v.high, "n": v.n, **v.extra} for v in vs]
-        for name, vs in item.values.items()
+        name: [
+            {"variant": v.variant, "value": v.value, "low": v.low, "high": v.high, "n": v.n, **v.extra}
+            for v in measured.values
+        ]
+        for name, measured in item.measured.items()
     }
     return {
         "run_id": item.job.run_id,

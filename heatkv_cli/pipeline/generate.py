@@ -185,14 +185,16 @@ def _make(
         with Timeline(setup.device_of(cfg)) as timeline:
             trace = model.generate(condition, sampling, cache, generators, forced)
         text_seconds, stages = sum(reading.by_stage().values()), timeline.by_stage()
+        ledger, facts = cache.ledger, cache.policy.facts
+        del cache  # the decoder needs more memory than any scale, and no cache
         pixels = None if kind == FORCED else model.decode(trace.latent).cpu().numpy()
-    numbers = _costs(cache.ledger, stages, len(batch)) | {"text_seconds": text_seconds / len(batch)}
-    numbers |= {CHOSEN + name: value for name, value in cache.policy.facts.items()}
+    numbers = _costs(ledger, stages, len(batch)) | {"text_seconds": text_seconds / len(batch)}
+    numbers |= {CHOSEN + name: value for name, value in facts.items()}
     common = {
         "batch": batch[0].image_id,
         "seconds": numbers["seconds_per_image"],
-        "kv_peak_bytes": cache.ledger.live_peak,
-        "kv_resident_bytes": cache.ledger.alloc_bytes,
+        "kv_peak_bytes": ledger.live_peak,
+        "kv_resident_bytes": ledger.alloc_bytes,
         "status": "ok",
         "cuda_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
     }

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from heatkv_cli.benchmarks.base import Benchmark, PromptItem, PromptSet
-from heatkv_cli.config import BenchmarkConfig, MethodConfig, ModelConfig, RunConfig, build_leaf
+from heatkv_cli.config import BenchmarkConfig, MethodConfig, MetricConfig, ModelConfig, RunConfig, build, build_leaf
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.policy import Method
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ConfigError, SetupError
+from heatkv_cli.metrics.base import Metric
 from heatkv_cli.models.base import ImageModel, Sampling
 from heatkv_cli.models.text_store import encoder_sha256, find_features
 from heatkv_cli.models.weights import WeightFile, find_file
@@ -58,6 +59,13 @@ def prompts_of(config: BenchmarkConfig) -> tuple[PromptSet, int]:
     """The prompt list, and how many images each prompt gets."""
     benchmark = build_leaf(config, Benchmark, where="benchmark")
     return benchmark.load(), benchmark.samples_per_prompt
+
+
+def metric_of(config: MetricConfig, device: str) -> Metric:
+    """The metric; it runs on the device of the run unless its own config names one."""
+    offers = {"name": config.name, "needs": config.needs, "device": device}
+    offers = {key: value for key, value in offers.items() if value is not None}
+    return build(config.target, config.params, object, where=f"metric {config.name}", offers=offers)  # type: ignore[return-value]
 
 
 TEXT = "text"  # role of a text encoder: features computed with it may stand in for its files

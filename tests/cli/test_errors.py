@@ -229,6 +229,10 @@ def test_dry_run_touches_nothing(tmp_path: Path, capsys: Capture) -> None:
         for run in document["runs"]
     }
     assert kept["full", "1"] == 1
+    for planned in document["runs"]:
+        lines = {line["batch"]: line for line in planned["byte_plan"]["batches"]}
+        assert lines[8]["kv"] == 8 * lines[1]["kv"] <= planned["kv_budget_bytes"]
+        assert lines[8]["total"] >= lines[8]["weights"] + lines[8]["kv"] + lines[8]["transient"]
     assert 0.0995 < kept["heatkv", "0.1"] <= 0.1
 
 

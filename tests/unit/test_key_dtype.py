@@ -41,7 +41,7 @@ class Upstream:
         self.k: dict[int, Tensor] = {}
         self.v: dict[int, Tensor] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, *_: object) -> Tensor:
         if layer in self.k:
             k, v = torch.cat((self.k[layer], k), 2), torch.cat((self.v[layer], v), 2)
         self.k[layer], self.v[layer] = k, v
@@ -96,7 +96,7 @@ def test_it_is_the_cast_that_is_compared(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(SelfAttention, "project", project_in_float32)
 
     class Exact(Upstream):
-        def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+        def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, *_: object) -> Tensor:
             return super().attend(layer, q, k, v.float(), softmax_scale)
 
     exact, reference = generate(Exact(), PLAIN), generate(Upstream(), PLAIN)

@@ -8,7 +8,6 @@ from fractions import Fraction
 import pytest
 from selection_oracle import COND, GEOMETRY, ROWS, Place, best, check, grid
 
-from heatkv_cli.config import compose
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.policy import Policy
 from heatkv_cli.errors import BudgetError, ConfigError
@@ -155,13 +154,6 @@ def test_sums_weigh_what_they_are_charged() -> None:
         if layer == GEOMETRY.num_layers - 1:
             cache.end_scale()
     assert cache.ledger.alloc_bytes <= budget.ratio * GEOMETRY.full_bytes(ROWS)
-
-
-def test_parameters_that_came_later_leave_old_runs_alone() -> None:
-    """`timing` and `recent` of streaming count in a run's identity only away from their defaults."""
-    plain, other = (compose(["method=streaming", *more]).first for more in ([], ["method.timing=before"]))
-    assert plain.method.identity()["params"] == {"sink": "scales"}
-    assert other.method.identity()["params"] == {"sink": "scales", "timing": "before"}
 
 
 def test_smallest_budgets() -> None:

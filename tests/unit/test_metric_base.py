@@ -209,23 +209,39 @@ def test_shapes_needs_geneval_metadata_and_an_image() -> None:
 # ---- interface
 
 
-class MeanBrightness:
-    """A set metric in a dozen lines: the interface is enough for one."""
-
-    name, version, unit, higher_is_better, kind, needs = "brightness", "1", "", True, "set", "free"
+class Total:
+    """Additive statistics in five lines."""
 
     def __init__(self) -> None:
         self.total, self.n = 0.0, 0
 
-    def update(self, sample: Sample) -> None:
-        assert sample.image is not None
-        self.total, self.n = self.total + float(sample.image.mean()), self.n + 1
+    def add(self, index: list[int], features: np.ndarray) -> None:
+        self.total, self.n = self.total + float(features.sum()), self.n + len(index)
 
-    def merge(self, other: MeanBrightness) -> None:
+    def merge(self, other: Total) -> None:
         self.total, self.n = self.total + other.total, self.n + other.n
 
-    def compute(self) -> list[Value]:
-        return [Value("", self.total / self.n, math.nan, math.nan, math.nan, self.n)]
+
+class MeanBrightness:
+    """A set metric in a dozen lines: the interface is enough for one."""
+
+    name, version, unit, higher_is_better, kind, needs = "brightness", "1", "", True, "set", "free"
+    min_images, reference = 1, None
+
+    @property
+    def extractor(self) -> MeanBrightness:
+        return self
+
+    weights_sha256 = "0" * 64
+
+    def __call__(self, images: list[np.ndarray]) -> np.ndarray:
+        return np.array([[image.mean()] for image in images], np.float32)
+
+    def statistics(self) -> Total:
+        return Total()
+
+    def compute(self, images: Total, reference: None = None) -> list[Value]:
+        return [Value("", images.total / images.n, math.nan, math.nan, math.nan, images.n)]
 
 
 def test_metrics_are_told_apart_by_their_interface() -> None:
@@ -236,10 +252,11 @@ def test_metrics_are_told_apart_by_their_interface() -> None:
 
 
 def test_set_metric_shards_merge_to_the_whole() -> None:
-    samples = [Sample(str(i), image=picture(i)) for i in range(6)]
-    whole, first, second = MeanBrightness(), MeanBrightness(), MeanBrightness()
-    for i, sample in enumerate(samples):
-        whole.update(sample)
-        (first if i < 2 else second).update(sample)
+    metric, pictures = MeanBrightness(), [picture(i) for i in range(6)]
+    whole, first, second = metric.statistics(), metric.statistics(), metric.statistics()
+    whole.add(list(range(6)), metric(pictures))
+    first.add([0, 1], metric(pictures[:2]))
+    second.add([2, 3, 4, 5], metric(pictures[2:]))
     first.merge(second)
-    assert first.compute()[0].value == pytest.approx(whole.compute()[0].value)
+    assert metric.compute(first)[0].value == pytest.approx(metric.compute(whole)[0].value)
+    assert metric.compute(whole)[0].value == pytest.approx(np.mean(pictures), rel=1e-6)

@@ -72,7 +72,7 @@ def load_bundled(
     Raises:
         ArtifactError: the file is damaged, or does not fit the YAML.
     """
-    shape, codes = _shape(tokenizer)
+    shape, codes = shape_of(tokenizer)
     base = (rope_base[0], rope_base[1])
     sizes = (geometry.num_layers, width, geometry.num_heads, block_chunks, codes, text_channels)
     if not files:
@@ -101,7 +101,7 @@ def load_bundled(
     return InfinityModel(geometry, transformer, pixels, text, base, rope_mode)
 
 
-def _shape(tokenizer: Mapping[str, Any]) -> tuple[TokenizerConfig, Codes]:
+def shape_of(tokenizer: Mapping[str, Any]) -> tuple[TokenizerConfig, Codes]:
     """The tokenizer's section of a model's YAML -> its shape, and how its bits are packed into tokens."""
     fields = dict(tokenizer)
     patch = int(fields.pop("patch", 1))
@@ -157,7 +157,7 @@ def load_official(
         SetupError: a file, a shard or a package is missing.
         ArtifactError: a file is damaged, or belongs to another model; or tokenizer and transformer do not fit.
     """
-    shape, codes = _shape(tokenizer)
+    shape, codes = shape_of(tokenizer)
     config = InfinityConfig(
         geometry.num_layers, width, geometry.num_heads, block_chunks, codes, text_channels, text_length
     )

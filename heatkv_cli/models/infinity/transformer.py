@@ -12,10 +12,9 @@ its embedded tokens and is float32 from the first cross-attention on. In float32
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +22,13 @@ from torch import Tensor, nn
 
 from heatkv_cli.core.timeline import staged
 from heatkv_cli.errors import ConfigError
+from heatkv_cli.models.base import Attend
 from heatkv_cli.models.infinity.rope import rotate
 from heatkv_cli.models.infinity.tokenizer import Codes
 
 NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
 LEVELS = 15  # rows of the official level embedding
-
-
-class Attend(Protocol):
-    """What a block asks for: attention of q, k, v (B, H, N, D) of one layer, over whatever came before and N itself.
-
-    `raw_query` makes the query without bias, normalisation, temperature and rotation, for the one method that asks.
-    """
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        softmax_scale: float,
-        raw_query: Callable[[], Tensor] | None = None,
-    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -164,14 +147,14 @@ class SelfAttention(nn.Module):
         k = rotate(F.normalize(k.float(), dim=-1), rope)
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def raw_query(self, x: Tensor) -> Tensor:
-        """x (R, N, C) -> (R, H, N, D): the projection alone."""
-        return linear(x, self.mat_qkv.weight.chunk(3)[0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     @staged("projections")
     def output(self, y: Tensor) -> Tensor:
         """Attention output (R, H, N, D) -> (R, N, C)."""
         return linear(y.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
+
+    def raw_query(self, x: Tensor) -> Tensor:
+        """x (R, N, C) -> (R, H, N, D): the projection alone."""
+        return linear(x, self.mat_qkv.weight.chunk(3)[0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class CrossAttention(nn.Module):

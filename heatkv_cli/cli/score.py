@@ -1,0 +1,59 @@
+"""The command for images that somebody else made: score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from heatkv_cli.cli.app import app
+from heatkv_cli.cli.options import Debug, Json, Out, Overrides, Quiet, Verbose
+from heatkv_cli.errors import PartialResultError
+
+
+@app.command()
+def score(
+    overrides: Overrides = None,
+    images: Annotated[
+        Path, typer.Option("--images", help="Folder of images.", metavar="DIR", show_default=False)
+    ] = ...,  # type: ignore[assignment]
+    reference: Annotated[
+        Optional[Path], typer.Option("--reference", help="Images of the same names to compare with.", metavar="DIR")
+    ] = None,
+    prompts: Annotated[
+        Optional[Path],
+        typer.Option("--prompts", help="txt, jsonl or csv; ids are the names of images.", metavar="FILE"),
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Compute metrics of images that somebody else made.
+
+    \b
+    Examples:
+      heatkv score --images theirs --reference full metric=psnr,ssim,lpips
+      heatkv score --images theirs --prompts prompts.txt metric=clip_score
+      heatkv score --images theirs metric=fid metric.fid.reference=mjhq30k
+
+    Images may lie in folders (GenEval's tree). Writes OUT/score/results.csv, one row per number, and prints a table.
+    """
+    from heatkv_cli.console import Console
+
+    console = Console(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
+    with console.guard("heatkv score") as outcome:
+        from heatkv_cli.config import compose
+        from heatkv_cli.pipeline.score import Sources, command_line, run
+        from heatkv_cli.results import ensure_writable
+
+        plan = compose(overrides or [], command="score", options={"out": out and str(out)})
+        sources = Sources(images, reference, prompts)
+        outcome.again, outcome.folder = command_line(plan, sources), plan.first.out
+        ensure_writable(plan.first.out)
+        document = run(plan, console, sources)
+        console.result({"status": "done", "command": outcome.again, **document})
+        outcome.code = PartialResultError.exit_code if document.get("incomplete") else 0
+    raise typer.Exit(outcome.code)

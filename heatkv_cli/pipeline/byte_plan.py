@@ -1,0 +1,174 @@
+"""The byte plan of a run: weights, text encoder, cache at full and at the budget, transient; by batch size.
+
+No weights are touched: bytes come from `footprint`. What the process holds besides (Python, PyTorch, kernels' own
+scratch) is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from heatkv_cli.config import ModelConfig, RunConfig, build, config_hash
+from heatkv_cli.core.artifacts import Schedule
+from heatkv_cli.core.orders import random_orders
+from heatkv_cli.core.policy import Policy
+from heatkv_cli.core.scales import Geometry
+from heatkv_cli.models.base import Sketch
+from heatkv_cli.pipeline import setup
+from heatkv_cli.pipeline.build_schedule import orders_of_file
+from heatkv_cli.pipeline.footprint import CacheBytes, Footprint, LooksAtKeysError, footprint, rehearse
+
+BATCHES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class BytePlan:
+    """Bytes of one run at any batch size.
+
+    Args:
+        model: weights and activations.
+        cache: of the run's method at its budget, one row.
+        full: of the full cache, one row, without a transient.
+        rows: batch rows of one image, guidance rows included.
+        exact: whether `cache` is what the ledger will show; else its pool is the most the budget allows, and its
+            transient that of heads with equally many tokens.
+    """
+
+    model: Footprint
+    cache: CacheBytes
+    full: int
+    rows: int
+    exact: bool
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all networks that stay in memory."""
+        return sum(self.model.weights.values())
+
+    def kv(self, batch: int) -> int:
+        """The pool, by the ledger's `alloc_bytes`."""
+        return batch * self.rows * self.cache.alloc
+
+    def kv_work(self, batch: int) -> int:
+        """The pool and its transient, by the ledger's `work_peak`."""
+        return batch * self.rows * self.cache.work
+
+    def transient(self, batch: int) -> int:
+        """The most beside weights and pool while bits are drawn: FFN or attention, whichever holds more."""
+        copies = batch * self.rows * self.cache.copied
+        # the current scale's keys and values are counted twice, which is what a ragged layer gathers of its queries
+        # and outputs; a layer of equal heads holds that much less
+        inside = self.model.attending.of(batch) + copies + self.model.output.of(batch)
+        return max(self.model.blocks.of(batch), inside)
+
+    def phases(self, batch: int) -> dict[str, int]:
+        """Peak of each phase: the text encoder beside the weights, then scale by scale, then pixels without a cache."""
+        return {
+            "text": self.weights + self.model.encoder,
+            "generate": self.weights + self.kv(batch) + self.cache.index + self.transient(batch),
+            "decode": self.weights + self.model.decode.of(batch),
+        }
+
+    def total(self, batch: int) -> int:
+        """Peak of the whole run."""
+        return max(self.phases(batch).values())
+
+    def largest_batch(self, memory: int) -> int:
+        """The largest batch whose peak is at most `memory` bytes; 0 where not even one image fits."""
+        if self.total(1) > memory:
+            return 0
+        low, high = 1, 2
+        while self.total(high) <= memory:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.total(middle) <= memory else (low, middle)
+        return low
+
+    def lines(self, batches: tuple[int, ...]) -> Iterator[dict[str, int]]:
+        """One record a batch size, bytes."""
+        for batch in batches:
+            yield {
+                "batch": batch,
+                "weights": self.weights,
+                "text_encoder": self.model.encoder,
+                "kv_full": batch * self.rows * self.full,
+                "kv": self.kv(batch),
+                "kv_work": self.kv_work(batch),
+                "index": self.cache.index,
+                "transient": self.transient(batch),
+                "decode": self.model.decode.of(batch),
+                "total": self.total(batch),
+            }
+
+
+def byte_plan(cfg: RunConfig) -> BytePlan | None:
+    """The plan of a run; None where the model's family has no sketch."""
+    if not cfg.model.sketch:
+        return None
+    geometry = setup.geometry_of(cfg.model)
+    guided = setup.sampling_of(cfg.model).guided
+    cache, exact = _cache(cfg, geometry)
+    model = _footprint(_Shape(cfg.model, cfg.runtime.device == "cpu"))
+    return BytePlan(model, cache, geometry.full_bytes(1), 2 if guided else 1, exact)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A model as the key of what was computed for it: runs of a sweep share it."""
+
+    model: ModelConfig
+    on_host: bool
+
+    def __hash__(self) -> int:
+        return hash((config_hash(self.model.identity()), self.on_host))
+
+
+@lru_cache(maxsize=8)
+def _footprint(shape: _Shape) -> Footprint:
+    model = shape.model
+
+    def make(geometry: Geometry) -> Sketch:
+        return build(model.sketch, model.params, Sketch, where="model", geometry=geometry, dtype=model.dtype)
+
+    return footprint(make, setup.geometry_of(model), setup.sampling_of(model), shape.on_host)
+
+
+def _cache(cfg: RunConfig, geometry: Geometry) -> tuple[CacheBytes, bool]:
+    """Bytes of the cache, and whether they are exact."""
+    budget = setup.budget_of(cfg)
+    policy, known = _policy(cfg, geometry)
+    if policy is not None:
+        try:
+            return rehearse(geometry, policy), known
+        except LooksAtKeysError:
+            pass
+    state = 0 if policy is None else policy.state_bytes
+    slots = budget.slots(geometry, 1, state) if policy is None else policy.capacity
+    alloc = slots * (geometry.bytes_per_token + state)
+    stored, current = -(-slots // geometry.num_layers), geometry.num_heads * geometry.schedule.lengths[-1]
+    copied = (2 * stored + 2 * current) * geometry.bytes_per_token  # a layer's share, read and joined
+    index = 4 * 3 * slots
+    return CacheBytes(alloc, alloc + copied, index), False
+
+
+def _policy(cfg: RunConfig, geometry: Geometry) -> tuple[Policy | None, bool]:
+    """The run's policy, and whether it is the very one; None where it needs a calibration that is not there yet.
+
+    How many atoms HeatKV removes follows from the budget alone; which ones decides little about bytes. Without orders
+    at hand random ones stand in.
+    """
+    method, budget = setup.method_of(cfg.method), setup.budget_of(cfg)
+    schedule, known = None, True
+    if method.scheduled:
+        if cfg.schedule is not None and cfg.schedule.is_file():
+            schedule = Schedule.load(cfg.schedule, geometry)
+        else:
+            known = not method.calibrated or cfg.orders is not None
+            orders = random_orders(geometry, 0) if cfg.orders is None else orders_of_file(cfg.orders, cfg.model)
+            schedule = method.build_schedule(geometry, budget, orders if method.calibrated else None)
+    elif method.calibrated:
+        return None, False
+    return method.policy(geometry, budget, schedule, 1), known

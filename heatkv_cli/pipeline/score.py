@@ -1,0 +1,205 @@
+"""score: images that somebody made -> the same metrics, rows and intervals as `eval`; no model, no method.
+
+Images are known by their names. A prompt with id P has the images P, P-0, P-1, ... or P/0, P/samples/0, ... (GenEval's
+tree), any image ending; a reference has the same names as the image it is compared with.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heatkv_cli.benchmarks.base import PromptSet, load_prompts
+from heatkv_cli.config import Plan, config_hash
+from heatkv_cli.console import Console
+from heatkv_cli.errors import ArtifactError, ConfigError, ConfigErrors
+from heatkv_cli.metrics.base import Metric, Sample, SetMetric
+from heatkv_cli.pipeline import setup
+from heatkv_cli.pipeline.image_folder import read_image, reference_of, scan, stamp
+from heatkv_cli.pipeline.measure import Item, Measured, incomplete, measure, metric_rows
+from heatkv_cli.results import RESULT_KEY, environment, upsert_results, utc_now, write_meta
+
+_NUMBERED = re.compile(r"(.+?)(?:-|/samples/|/)(\d+)")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What to score.
+
+    Attributes:
+        images: folder of images.
+        reference: folder of the images they are compared with; None where there are none.
+        prompts: txt, jsonl or csv list; None where there is none.
+    """
+
+    images: Path
+    reference: Path | None = None
+    prompts: Path | None = None
+
+
+def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
+    """Compute the metrics of a plan on images of a folder; write rows to `score/results.csv`, print a table.
+
+    Raises:
+        ConfigError: a metric needs something that was not given.
+        SetupError: a folder is missing or empty.
+        ArtifactError: names are double, or belong to nothing.
+    """
+    cfg = plan.first
+    metrics = {config.name: setup.metric_of(config, setup.device_of(cfg)) for config in cfg.metrics}
+    _check_needs(plan, metrics, sources)
+    prompts = None if sources.prompts is None else load_prompts(sources.prompts)
+    identity = {
+        "images": str(sources.images.absolute()),
+        "reference": str(sources.reference.absolute()) if sources.reference else None,
+        "prompts": prompts.sha256 if prompts else None,
+    }
+    digest = config_hash(identity)
+    run_id = f"score-{sources.images.absolute().name}-{digest[:8]}"
+    folder = cfg.out / "score" / run_id
+    items, missing = items_of(sources, prompts)
+    write_meta(folder, config_hash=digest, config=identity, run_id=run_id)
+    ui.log_to(folder)
+    configs = {config.name: config for config in cfg.metrics}
+    measured = {}
+    for name, metric in metrics.items():
+        reference = _reference(metric, sources, cfg.out, ui)
+        found = measure(metric, configs[name], items, folder, ui, reference=reference)
+        measured[name] = _lacking(found, missing)
+    path = cfg.out / "score" / "results.csv"  # apart from those of runs, which all have a model and a method
+    rows = [row for name in measured for row in metric_rows(metrics[name], measured[name])]
+    upsert_results(path, [{**_common(plan, run_id, prompts, sources, metrics[row["metric"]]), **row} for row in rows])
+    ui.table(
+        ("metric", "variant", "value", "low", "high", "n", "unit", "status"),
+        [
+            [row.get(key) for key in ("metric", "variant", "value", "low", "high", "n", "unit", "status")]
+            for row in rows
+        ],
+        f"{len(items)} images of {sources.images}",
+    )
+    ui.wrote(path)
+    shown = ("variant", "value", "stderr", "low", "high", "n")
+    return {
+        "path": str(path.absolute()),
+        "run_id": run_id,
+        "images": len(items),
+        "metrics": {
+            name: [{key: getattr(v, key) for key in shown} | dict(v.extra) for v in m.values]
+            for name, m in measured.items()
+        },
+        **incomplete([(run_id, measured)], ui),
+    }
+
+
+def _check_needs(plan: Plan, metrics: Mapping[str, Metric], sources: Sources) -> None:
+    if not any(override.startswith("metric=") for override in plan.overrides):
+        raise ConfigError("no metric is named", "add metric=NAME,...; heatkv ls metrics shows which there are")
+    errors = []
+    for name, metric in metrics.items():
+        if metric.needs != "free":
+            errors.append(
+                ConfigError(f"metric {name} needs the model's own {metric.needs} pass", "use heatkv eval for it")
+            )
+        elif sources.reference is None and _compares(metric):
+            errors.append(ConfigError(f"metric {name} compares with other images", "add --reference DIR"))
+        elif sources.prompts is None and metric.kind == "prompt":
+            errors.append(ConfigError(f"metric {name} compares with prompts", "add --prompts FILE"))
+    if errors:
+        raise ConfigErrors(errors)
+
+
+def _compares(metric: Metric) -> bool:
+    return metric.kind == "paired" or (isinstance(metric, SetMetric) and metric.reference == "full")
+
+
+def _reference(metric: Metric, sources: Sources, out: Path, ui: Console) -> Any:
+    if not isinstance(metric, SetMetric) or metric.reference is None:
+        return None
+    path = sources.reference if metric.reference == "full" else Path(metric.reference).expanduser()
+    return None if path is None else reference_of(path, out, ui)
+
+
+def items_of(sources: Sources, prompts: PromptSet | None) -> tuple[list[Item], list[str]]:
+    """The images with their prompts and references, and the ids of prompts without an image.
+
+    Raises:
+        ArtifactError: an image has no prompt, or no image has a reference.
+    """
+    files = scan(sources.images)
+    others = scan(sources.reference) if sources.reference else {}
+    if others and others.keys().isdisjoint(files):
+        raise ArtifactError(
+            f"no image of {sources.reference} has the name of one of {sources.images}",
+            f"names must agree, apart from the ending: {next(iter(files))} and {next(iter(others))} do not",
+        )
+    known = {item.id: item for item in prompts.items} if prompts else {}
+    items, seen = [], set()
+    for image_id, path in files.items():
+        prompt_id, index = _prompt_of(image_id, known) if prompts else (image_id, 0)
+        seen.add(prompt_id)
+        beside = others.get(image_id)
+        item = known.get(prompt_id)
+        text, meta = (item.prompt, item.meta) if item else ("", {})
+        key = stamp(path) + (f"/{stamp(beside)}" if beside else "")
+        sample = Sample(prompt_id, text, meta, index=index)
+        items.append(Item(image_id, key, partial(_load, sample, path, beside)))
+    return items, [prompt_id for prompt_id in known if prompt_id not in seen]
+
+
+def _load(sample: Sample, path: Path, beside: Path | None) -> Sample:
+    image, reference = read_image(path), None if beside is None else read_image(beside)
+    return Sample(sample.prompt_id, sample.prompt, sample.meta, image, reference, index=sample.index)
+
+
+def _prompt_of(image_id: str, known: Mapping[str, Any]) -> tuple[str, int]:
+    """Prompt id and number of an image.
+
+    >>> _prompt_of("00003/samples/0001", {"00003": 0}), _prompt_of("a-2", {"a": 0}), _prompt_of("a-2", {"a-2": 0})
+    (('00003', 1), ('a', 2), ('a-2', 0))
+    """
+    if image_id in known:
+        return image_id, 0
+    match = _NUMBERED.fullmatch(image_id)
+    if match and match[1] in known:
+        return match[1], int(match[2])
+    raise ArtifactError(
+        f"image {image_id} has no prompt: the list has no id {image_id!r}",
+        f"an image is called like its prompt's id (the first is {next(iter(known))!r}), with -0, -1, ... for several",
+    )
+
+
+def _lacking(measured: Measured, missing: list[str]) -> Measured:
+    """A value over fewer prompts than the list has is not whole, and says so."""
+    if not missing or measured.status not in ("ok", "partial"):
+        return measured
+    reason = f"{len(missing)} prompts have no image, the first: {missing[0]}"
+    reason = f"{measured.reason}; {reason}" if measured.reason else reason
+    return Measured(measured.values, measured.scores, "partial", reason, measured.weights_sha256)
+
+
+def _common(plan: Plan, run_id: str, prompts: PromptSet | None, sources: Sources, metric: Metric) -> dict[str, Any]:
+    """The columns that all rows of a metric share; those about a model stay empty."""
+    facts = environment()
+    reference = getattr(metric, "reference", None)
+    if _compares(metric):
+        reference = str(sources.reference)
+    return {
+        RESULT_KEY[0]: run_id, "created_utc": utc_now(), "git_sha": facts["git_sha"], "git_dirty": facts["git_dirty"],
+        "heatkv_version": facts["heatkv_version"], "benchmark": prompts.name if prompts else None,
+        "benchmark_version": prompts.sha256[:16] if prompts else None, "device": plan.first.runtime.device,
+        "torch_version": torch.__version__, "reference": reference, "command": command_line(plan, sources),
+    }  # fmt: skip
+
+
+def command_line(plan: Plan, sources: Sources) -> str:
+    """The command that makes these rows again."""
+    options = {"--images": sources.images, "--reference": sources.reference, "--prompts": sources.prompts}
+    words = [word for option, path in options.items() if path is not None for word in (option, str(path))]
+    return f"{plan.command_line} {shlex.join(words)}"

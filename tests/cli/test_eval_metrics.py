@@ -1,0 +1,78 @@
+"""`heatkv eval` with metrics that need packages or weights, the noise floor, and what `doctor` says of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heatkv_cli.cli import run
+from heatkv_cli.config import choices
+
+Capture = pytest.CaptureFixture[str]
+
+
+def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
+    assert run([*arguments, "--json"]) == code, capsys.readouterr().err
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+def rows(path: str) -> list[dict[str, str]]:
+    with Path(path).open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture
+def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HEATKV_WEIGHTS_DIR", raising=False)
+
+
+@pytest.mark.parametrize("kind", ["attention", "batch"])
+def test_noise_floor_is_a_row_of_full_against_full(
+    kind: str, tmp_path: Path, capsys: Capture, no_weights: None
+) -> None:
+    report = call(
+        capsys, "eval", "method=streaming", "budget=0.2", "metric=psnr,ssim,fid", f"noise_floor={kind}", "--limit", "4",
+        "runtime.batch_size=4", "runtime.threads=1", "contact_sheet=0", "--out", str(tmp_path / "out"), code=6,
+    )  # fmt: skip
+    assert [item["method"] for item in report["runs"]] == ["streaming", "full"]
+    found = rows(report["path"])
+    (floor,) = [row for row in found if row["method"] == "full" and row["metric"] == "ssim"]
+    assert (floor["attention_backend"], floor["batch_size"]) == {
+        "attention": ("masked", "4"),
+        "batch": ("grouped", "1"),
+    }[kind]
+    assert (floor["reference"], floor["status"], floor["n"]) == ("full", "ok", "4")
+    assert float(floor["value"]) > 0.99
+    (ours,) = [row for row in found if row["method"] == "streaming" and row["metric"] == "ssim"]
+    assert float(ours["value"]) < float(floor["value"])
+    skipped = [row for row in found if row["metric"] == "fid"]
+    assert {(row["method"], row["status"], row["value"]) for row in skipped} == {
+        ("streaming", "skipped", ""),
+        ("full", "skipped", ""),
+    }
+    assert all("weights-inception" in row["reason"] for row in skipped)
+
+
+def test_noise_floor_of_batches_needs_batches(tmp_path: Path, capsys: Capture) -> None:
+    document = call(
+        capsys, "eval", "metric=psnr", "method=full", "noise_floor=batch", "runtime.batch_size=1", "--limit", "1",
+        "--out", str(tmp_path), code=2,
+    )  # fmt: skip
+    assert "batches of 1" in document["errors"][0]["error"]
+
+
+def test_doctor_has_a_line_for_every_metric(tmp_path: Path, capsys: Capture, no_weights: None) -> None:
+    report = call(capsys, "doctor", "--out", str(tmp_path))
+    lines = {check["what"]: check for check in report["checks"]}
+    assert {f"metric {name}" for name in choices("metric")} <= set(lines)
+    assert lines["metric ssim"]["ok"] is True and "self-test passed" in lines["metric ssim"]["found"]
+    missing = lines["metric lpips"]
+    assert missing["ok"] is None, "what a download would bring is missing, not wrong"
+    assert "alexnet-owt-7be5be79.pth" in missing["found"] and "HEATKV_WEIGHTS_DIR" in missing["found"]

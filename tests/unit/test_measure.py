@@ -1,0 +1,282 @@
+"""Measuring one metric over many images: resuming, damaged images, missing weights, memory."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image as Pixels
+
+from heatkv_cli.config import MetricConfig
+from heatkv_cli.console import Console
+from heatkv_cli.errors import ArtifactError, SetupError
+from heatkv_cli.metrics.base import Image, Sample, Score, Value
+from heatkv_cli.metrics.fid import FID
+from heatkv_cli.metrics.moments import Moments, frechet_value
+from heatkv_cli.metrics.psnr import PSNR
+from heatkv_cli.pipeline.image_folder import read_image, reference_of
+from heatkv_cli.pipeline.measure import Item, Measured, measure, metric_rows
+
+
+class Brightness:
+    """An image metric that counts its work, and stops where it is told."""
+
+    name, version, unit, higher_is_better, kind, needs = "brightness", "1", "", True, "prompt", "free"
+
+    def __init__(self, batch_size: int = 4, stop_after: int | None = None, weights_sha256: str = "") -> None:
+        self.batch_size, self.stop_after, self.seen = batch_size, stop_after, list[str]()
+        self.weights_sha256 = weights_sha256
+
+    def score(self, sample: Sample) -> Score:
+        return self.score_batch([sample])[0]
+
+    def score_batch(self, samples: Sequence[Sample]) -> list[Score]:
+        if self.stop_after is not None and len(self.seen) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.seen += [s.prompt_id for s in samples]
+        return [Score(s.prompt_id, s.index, float(s.image.mean())) for s in samples]  # type: ignore[union-attr]
+
+    def summarise(self, scores: Sequence[Score], baseline: Sequence[Score] | None = None) -> list[Value]:
+        return [Value("", math.fsum(s.value for s in scores) / len(scores), 0.1, 0.0, 1.0, len(scores))]
+
+
+class Corner:
+    """Features of an image: its first 4 numbers."""
+
+    name, weights_sha256 = "corner", "c" * 64
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.calls, self.stop_after = 0, stop_after
+
+    def __call__(self, images: Sequence[Image]) -> np.ndarray:
+        if self.stop_after is not None and self.calls >= self.stop_after:
+            raise KeyboardInterrupt
+        self.calls += len(images)
+        return np.stack([image.ravel()[:4] for image in images]).astype(np.float32)
+
+
+class CornerDistance:
+    """A set metric on them."""
+
+    name, version, unit, higher_is_better, kind, needs = "corner_distance", "1", "", False, "set", "free"
+    reference, min_images, weights_sha256 = "full", 2, "c" * 64
+
+    def __init__(self, extractor: Corner | None = None, batch_size: int = 4) -> None:
+        self.extractor, self.batch_size = extractor or Corner(), batch_size
+
+    def statistics(self) -> Moments:
+        return Moments(4)
+
+    def compute(self, images: Moments, reference: Any) -> list[Value]:
+        return [frechet_value("", images, reference)]
+
+
+def picture(i: int) -> Image:
+    return np.random.default_rng(i).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+
+
+def items(count: int, keys: str = "k") -> list[Item]:
+    return [Item(f"{i:05}", keys, partial(_made, i)) for i in range(count)]
+
+
+def _made(i: int) -> Sample:
+    return Sample(f"{i:05}", image=picture(i))
+
+
+@pytest.fixture
+def ui() -> Console:
+    return Console(quiet=True)
+
+
+def run(metric: Any, images: list[Item], folder: Path, ui: Console, **more: Any) -> Measured:
+    config = MetricConfig(metric.name, "tests.Metric", params=more.pop("params", {}))
+    return measure(metric, config, images, folder, ui, **more)
+
+
+def test_scores_go_on_at_the_image_where_they_stopped(tmp_path: Path, ui: Console) -> None:
+    first = Brightness(stop_after=8)
+    with pytest.raises(KeyboardInterrupt):
+        run(first, items(30), tmp_path, ui)
+    second = Brightness()
+    found = run(second, items(30), tmp_path, ui)
+    assert first.seen + second.seen == [f"{i:05}" for i in range(30)]
+    assert found.status == "ok" and found.values[0].n == 30
+    assert found.values[0].value == pytest.approx(np.mean([picture(i).mean() for i in range(30)]))
+    assert [s.value for s in found.scores] == [float(picture(i).mean()) for i in range(30)]
+    third = Brightness()
+    assert run(third, items(30), tmp_path, ui) == found and not third.seen
+
+
+def test_scores_are_made_again_when_anything_they_depend_on_changes(tmp_path: Path, ui: Console) -> None:
+    run(Brightness(), items(6), tmp_path, ui)
+    changed = items(5) + items(6, "other")[5:]
+    for metric, images, params, expected in (
+        (Brightness(), changed, {}, 1),  # an image
+        (Brightness(weights_sha256="d" * 64), items(6), {}, 6),
+        (Brightness(), items(6), {"strict": True}, 6),
+        (Brightness(batch_size=1), items(6), {"batch_size": 1, "resamples": 7, "device": "x"}, 1),  # 05 again
+    ):
+        run(metric, images, tmp_path, ui, params=params)
+        assert len(metric.seen) == expected
+
+
+def test_features_go_on_too_and_are_shared(tmp_path: Path, ui: Console) -> None:
+    reference = Moments(4)
+    reference.add(range(40), Corner()([picture(900 + i) for i in range(40)]))
+    stopped = CornerDistance(Corner(stop_after=20))
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, items(40), tmp_path, ui, reference=lambda _: reference)
+    resumed, whole = CornerDistance(batch_size=7), CornerDistance()
+    found = run(resumed, items(40), tmp_path, ui, reference=lambda _: reference)
+    assert (stopped.extractor.calls, resumed.extractor.calls) == (20, 20)
+    expected = run(whole, items(40), tmp_path / "new", ui, reference=lambda _: reference)
+    assert whole.extractor.calls == 40
+    assert found.values[0].value == pytest.approx(expected.values[0].value, rel=1e-9)
+    assert found.values[0].stderr == pytest.approx(expected.values[0].stderr, rel=1e-9)
+    again = CornerDistance()
+    run(again, items(40), tmp_path, ui, reference=lambda _: reference)
+    assert again.extractor.calls == 0
+
+
+def test_shards_make_the_whole(tmp_path: Path, ui: Console) -> None:
+    reference = Moments(4)
+    reference.add(range(20), Corner()([picture(900 + i) for i in range(20)]))
+    images = items(20)
+    for shard in range(2):
+        for metric in (CornerDistance(), Brightness()):
+            run(metric, images[shard::2], tmp_path, ui, shard=(shard, 2), reference=lambda _: reference)
+    for kind in (CornerDistance, Brightness):
+        merged, alone = kind(), kind()
+        found = run(merged, images, tmp_path, ui, reference=lambda _: reference)
+        expected = run(alone, images, tmp_path / "alone", ui, reference=lambda _: reference)
+        assert (merged.extractor.calls if kind is CornerDistance else len(merged.seen)) == 0  # type: ignore[union-attr]
+        assert found.values[0].value == pytest.approx(expected.values[0].value, rel=1e-6)
+
+
+def test_a_damaged_image_is_named_and_the_others_count(tmp_path: Path, ui: Console) -> None:
+    files = [tmp_path / f"{i}.png" for i in range(9)]
+    for i, path in enumerate(files):
+        Pixels.fromarray(picture(i)).save(path)
+    whole = files[4].read_bytes()
+    files[4].write_bytes(whole[: len(whole) // 2])
+    files[6].unlink()
+
+    def load(path: Path) -> Sample:
+        return Sample(path.stem, image=read_image(path))
+
+    images = [Item(path.stem, "k", partial(load, path)) for path in files]
+    for metric in (Brightness(), CornerDistance()):
+        reference = Moments(4)
+        reference.add(range(9), Corner()([picture(i) for i in range(9)]))
+        found = run(metric, images, tmp_path / "out", ui, reference=lambda _, r=reference: r)
+        assert (found.status, found.values[0].n) == ("partial", 7)
+        assert "2 images could not be measured" in found.reason and "4.png" in found.reason
+    files[4].write_bytes(whole)
+    Pixels.fromarray(picture(6)).save(files[6])
+    repaired = Brightness()
+    found = run(repaired, images, tmp_path / "out", ui)
+    assert (found.status, found.values[0].n, repaired.seen) == ("ok", 9, ["4", "6"])
+
+
+def test_wrong_size_spoils_one_image_and_wrong_weights_the_metric(tmp_path: Path, ui: Console) -> None:
+    def load(i: int) -> Sample:
+        small = np.zeros((1, 1, 3), np.uint8) if i == 2 else picture(50)
+        return Sample(str(i), image=picture(i), reference=small)
+
+    found = run(PSNR(resamples=10), [Item(str(i), "k", partial(load, i)) for i in range(5)], tmp_path, ui)
+    assert (found.status, found.values[0].n) == ("partial", 4)
+    assert "(2, 2, 3) but its reference has (1, 1, 3)" in found.reason
+
+    class Broken(Brightness):
+        def score_batch(self, samples: Sequence[Sample]) -> list[Score]:
+            raise ArtifactError("weights.pt does not fit the network")
+
+    broken = run(Broken(), items(9), tmp_path, ui)
+    assert (broken.status, broken.values, broken.reason) == ("failed", [], "weights.pt does not fit the network")
+
+
+def test_what_is_missing_skips_one_metric_with_a_row_that_says_so(
+    tmp_path: Path, ui: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("HEATKV_WEIGHTS_DIR", raising=False)
+
+    class Unable(Brightness):
+        def score_batch(self, samples: Sequence[Sample]) -> list[Score]:
+            raise SetupError("package nothing is not installed", "pip install nothing")
+
+    found = run(Unable(), items(3), tmp_path, ui)
+    (row,) = metric_rows(Unable(), found)
+    assert (row["status"], row["n"]) == ("skipped", 0) and "value" not in row
+    assert row["reason"] == "package nothing is not installed; pip install nothing"
+    fid = FID(min_images=2)
+    skipped = run(fid, items(3), tmp_path, ui)
+    assert skipped.status == "skipped" and "weights-inception-2015-12-05-6726825d.pth" in skipped.reason
+    few = CornerDistance()
+    few.min_images = 2048
+    (row,) = metric_rows(few, run(few, items(3), tmp_path, ui))
+    assert row["status"] == "skipped" and "3 images, at least 2048 are needed" in row["reason"]
+    assert few.extractor.calls == 0, "nothing is extracted for a metric that will be skipped"
+    for metric in (CornerDistance(), Brightness()):
+        none = run(metric, [], tmp_path, ui)
+        assert none.status == "skipped" and none.reason.startswith("0 images")
+
+
+def test_a_reference_that_cannot_be_used_fails_its_metric_alone(tmp_path: Path, ui: Console) -> None:
+    def gone(_: Any) -> Any:
+        raise ArtifactError("ref.npz holds no 'mu' and 'sigma'")
+
+    found = run(CornerDistance(), items(4), tmp_path, ui, reference=gone)
+    assert (found.status, found.reason) == ("failed", "ref.npz holds no 'mu' and 'sigma'")
+    for path in (tmp_path / "none", tmp_path / "none.npz"):
+        found = run(CornerDistance(), items(4), tmp_path, ui, reference=reference_of(path, tmp_path, ui))
+        assert found.status in ("failed", "skipped") and str(path) in found.reason
+
+
+def test_reference_statistics_are_kept_by_content(tmp_path: Path, ui: Console) -> None:
+    folder = tmp_path / "reference"
+    folder.mkdir()
+    for i in range(12):
+        Pixels.fromarray(picture(70 + i)).save(folder / f"{i}.png")
+    first = CornerDistance()
+    found = run(first, items(12), tmp_path / "a", ui, reference=reference_of(folder, tmp_path / "out", ui))
+    assert first.extractor.calls == 24
+    (kept,) = (tmp_path / "out" / "references").glob("*/corner-cccccccc.npz")
+    with np.load(kept) as stored:
+        rows = np.stack([picture(70 + i).ravel()[:4] for i in range(12)]).astype(np.float64)
+        np.testing.assert_allclose(stored["mu"], rows.mean(0))
+        np.testing.assert_allclose(stored["sigma"], np.cov(rows.T))
+    second = CornerDistance()
+    again = run(second, items(12), tmp_path / "a", ui, reference=reference_of(folder, tmp_path / "out", ui))
+    by_file = run(CornerDistance(), items(12), tmp_path / "a", ui, reference=reference_of(kept, tmp_path, ui))
+    assert second.extractor.calls == 0 and again == found == by_file
+    Pixels.fromarray(picture(99)).save(folder / "0.png")
+    third = CornerDistance()
+    other = run(third, items(12), tmp_path / "a", ui, reference=reference_of(folder, tmp_path / "out", ui))
+    assert third.extractor.calls == 12 and other.values[0].value != found.values[0].value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Brightness, CornerDistance])
+def test_memory_stays_flat_over_70000_images(kind: Any, tmp_path: Path, ui: Console) -> None:
+    big = np.zeros((128, 128, 3), np.uint8)  # 49 kB each, 3.4 GB together
+
+    def load(i: int) -> Sample:
+        image = big.copy()
+        image[0, :2] = i % 251, i % 83, 0
+        return Sample(str(i), image=image)
+
+    reference = Moments(4)
+    reference.add(range(8), Corner()([picture(i) for i in range(8)]))
+    images = [Item(str(i), "k", partial(load, i)) for i in range(70_000)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = run(kind(batch_size=500), images, tmp_path, ui, reference=lambda _: reference)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert found.values[0].n == 70_000
+    assert grown < 250, f"{grown:.0f} MB more; bookkeeping may take 2 kB an image"
