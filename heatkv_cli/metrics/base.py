@@ -158,9 +158,31 @@ class Extractor(Protocol):
         """Digest of the weights; raises SetupError where there are none."""
         ...
 
+    def self_check(self) -> str:
+        """'' where the weights are what they say and the network works, else what is wrong; raises as an extraction."""
+        ...
+
     def __call__(self, images: Sequence[Image]) -> Features:
         """(n, d) features of n images, which may differ in size."""
         ...
+
+
+class Extracting:
+    """Base of metrics whose weights are their extractor's."""
+
+    @property
+    def extractor(self) -> Extractor:
+        """Where the features come from."""
+        raise NotImplementedError
+
+    @property
+    def weights_sha256(self) -> str:
+        """Digest of the weights; raises SetupError where there are none."""
+        return self.extractor.weights_sha256
+
+    def self_check(self) -> str:
+        """'' where the weights are what they say and the network works, else what is wrong; raises as an extraction."""
+        return self.extractor.self_check()
 
 
 class Statistics(Protocol):

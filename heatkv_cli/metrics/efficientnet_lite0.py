@@ -17,7 +17,7 @@ from PIL import Image as Pixels
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu6
 
-from heatkv_cli.metrics.base import Features, Image
+from heatkv_cli.metrics.base import Extracting, Features, Image
 from heatkv_cli.metrics.images import sample_pictures
 from heatkv_cli.metrics.weights import (
     WeightsFile,
@@ -106,6 +106,18 @@ class EfficientNetLite0:
         """(n, 3, 224, 224) in about [-1, 1]."""
         pixels = torch.from_numpy(np.stack([_resized(image) for image in images])).to(self.device)
         return (pixels - 127) / 128
+
+
+class OnLite0(Extracting):
+    """Base of metrics of this network's features; a dataclass over it has these fields."""
+
+    weights: str | None
+    device: str
+
+    @property
+    def extractor(self) -> EfficientNetLite0:
+        """The network's pooled features."""
+        return EfficientNetLite0(self.weights, self.device)
 
 
 def _resized(image: Image) -> np.ndarray[Any, np.dtype[np.float32]]:

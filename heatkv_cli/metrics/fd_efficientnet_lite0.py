@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from heatkv_cli.metrics.base import Kind, Pass, Value
-from heatkv_cli.metrics.efficientnet_lite0 import DIM, EfficientNetLite0
+from heatkv_cli.metrics.efficientnet_lite0 import DIM, OnLite0
 from heatkv_cli.metrics.moments import Gaussian, Moments, frechet_value
 
 
 @dataclass(frozen=True)
-class FDEfficientNetLite0:
+class FDEfficientNetLite0(OnLite0):
     """Frechet distance of pooled EfficientNet-Lite0 features between the run's images and a reference.
 
     For comparisons of runs with the same n on machines without a hub. Few images bias it upwards, as they do FID;
@@ -36,20 +36,6 @@ class FDEfficientNetLite0:
     higher_is_better: ClassVar[bool] = False
     kind: ClassVar[Kind] = "set"
     needs: ClassVar[Pass] = "free"
-
-    @property
-    def extractor(self) -> EfficientNetLite0:
-        """The network's pooled features."""
-        return EfficientNetLite0(self.weights, self.device)
-
-    @property
-    def weights_sha256(self) -> str:
-        """Digest of the weights; raises SetupError where there are none."""
-        return self.extractor.weights_sha256
-
-    def self_check(self) -> str:
-        """'' where the weights are what they say and the network works, else what is wrong; raises as an extraction."""
-        return self.extractor.self_check()
 
     def statistics(self) -> Moments:
         """Empty moments."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from heatkv_cli.metrics.base import Kind, Pass, Value
-from heatkv_cli.metrics.inception import DIM, Inception, Mode
+from heatkv_cli.metrics.inception import DIM, Mode, OnInception
 from heatkv_cli.metrics.moments import Gaussian, Moments, frechet_value
 
 
 @dataclass(frozen=True)
-class FID:
+class FID(OnInception):
     """Frechet distance of Inception pool3 features between the run's images and a reference.
 
     Rule: moments in float64, covariance over n - 1, see ``frechet_distance``. The row's variant is the mode; the
@@ -44,20 +44,6 @@ class FID:
     higher_is_better: ClassVar[bool] = False
     kind: ClassVar[Kind] = "set"
     needs: ClassVar[Pass] = "free"
-
-    @property
-    def extractor(self) -> Inception:
-        """Inception in this mode."""
-        return Inception(self.mode, self.weights, self.device)
-
-    @property
-    def weights_sha256(self) -> str:
-        """Digest of the weights; raises SetupError where there are none."""
-        return self.extractor.weights_sha256
-
-    def self_check(self) -> str:
-        """'' where the weights are what they say and the network works, else what is wrong; raises as an extraction."""
-        return self.extractor.self_check()
 
     def statistics(self) -> Moments:
         """Empty moments."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from heatkv_cli.errors import ArtifactError
-from heatkv_cli.metrics.base import Features, Image
+from heatkv_cli.metrics.base import Extracting, Features, Image
 from heatkv_cli.metrics.images import by_size, sample_pictures, stack
 from heatkv_cli.metrics.weights import WeightsFile, check_name, find_weights, package, read_checkpoint, weights_sha256
 
@@ -117,6 +117,19 @@ def _clean(image: Image) -> np.ndarray[Any, np.dtype[np.float32]]:
     planes = [Pixels.fromarray(image[:, :, c].astype(np.float32)) for c in range(3)]
     resized = [np.asarray(plane.resize((SIDE, SIDE), Pixels.Resampling.BICUBIC)) for plane in planes]
     return np.stack(resized).clip(0, 255)
+
+
+class OnInception(Extracting):
+    """Base of metrics of Inception's features; a dataclass over it has these fields."""
+
+    mode: Mode
+    weights: str | None
+    device: str
+
+    @property
+    def extractor(self) -> Inception:
+        """Inception in this mode."""
+        return Inception(self.mode, self.weights, self.device)
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from heatkv_cli.metrics.base import Kind, Pass, Value
-from heatkv_cli.metrics.inception import Inception, Mode
+from heatkv_cli.metrics.inception import Mode, OnInception
 from heatkv_cli.metrics.moments import Rows
 
 _SHUFFLE_SEED = 2020
@@ -17,7 +17,7 @@ _SHUFFLE_SEED = 2020
 
 
 @dataclass(frozen=True)
-class InceptionScore:
+class InceptionScore(OnInception):
     """exp of the mean KL between an image's class distribution and its split's, mean over splits.
 
     Rule: logits without bias, float64, splits of the shuffled list. The standard error is that of the mean over
@@ -47,20 +47,6 @@ class InceptionScore:
     kind: ClassVar[Kind] = "set"
     needs: ClassVar[Pass] = "free"
     reference: ClassVar[None] = None
-
-    @property
-    def extractor(self) -> Inception:
-        """Inception in this mode."""
-        return Inception(self.mode, self.weights, self.device)
-
-    @property
-    def weights_sha256(self) -> str:
-        """Digest of the weights; raises SetupError where there are none."""
-        return self.extractor.weights_sha256
-
-    def self_check(self) -> str:
-        """'' where the weights are what they say and the network works, else what is wrong; raises as an extraction."""
-        return self.extractor.self_check()
 
     def statistics(self) -> Rows:
         """Empty rows."""

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 
 from heatkv_cli.metrics.base import Kind, Pass, Sample, Score, Value, pair_of
-from heatkv_cli.metrics.efficientnet_lite0 import EfficientNetLite0
+from heatkv_cli.metrics.efficientnet_lite0 import OnLite0
 from heatkv_cli.metrics.summary import Bootstrap, mean_value
 
 
 @dataclass(frozen=True)
-class PDEfficientNetLite0:
+class PDEfficientNetLite0(OnLite0):
     """Distance of an image to the full cache's image of the same prompt and seed; 0 for identical images.
 
     Rule: at five resolutions a pixel's features are scaled to unit length; squared differences are summed over
@@ -40,20 +40,6 @@ class PDEfficientNetLite0:
     higher_is_better: ClassVar[bool] = False
     kind: ClassVar[Kind] = "paired"
     needs: ClassVar[Pass] = "free"
-
-    @property
-    def extractor(self) -> EfficientNetLite0:
-        """The network."""
-        return EfficientNetLite0(self.weights, self.device)
-
-    @property
-    def weights_sha256(self) -> str:
-        """Digest of the weights."""
-        return self.extractor.weights_sha256
-
-    def self_check(self) -> str:
-        """'' where the weights are what they say and the network works, else what is wrong; raises as an extraction."""
-        return self.extractor.self_check()
 
     def score(self, sample: Sample) -> Score:
         """Distance of one image; raises as ``score_batch``."""

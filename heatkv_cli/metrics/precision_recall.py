@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heatkv_cli.metrics.base import Kind, Pass, Value
-from heatkv_cli.metrics.inception import Inception, Mode
+from heatkv_cli.metrics.inception import Mode, OnInception
 from heatkv_cli.metrics.intervals import bootstrap_interval
 from heatkv_cli.metrics.moments import Rows
 
@@ -19,7 +19,7 @@ _BLOCK = 2048
 
 
 @dataclass(frozen=True)
-class PrecisionRecall:
+class PrecisionRecall(OnInception):
     """Share of images inside the reference's manifold (precision) and the other way round (recall).
 
     Rule: the manifold of a set is the union of balls around its features, each as wide as the distance to the k-th
@@ -53,20 +53,6 @@ class PrecisionRecall:
     higher_is_better: ClassVar[bool] = True
     kind: ClassVar[Kind] = "set"
     needs: ClassVar[Pass] = "free"
-
-    @property
-    def extractor(self) -> Inception:
-        """Inception in this mode."""
-        return Inception(self.mode, self.weights, self.device)
-
-    @property
-    def weights_sha256(self) -> str:
-        """Digest of the weights; raises SetupError where there are none."""
-        return self.extractor.weights_sha256
-
-    def self_check(self) -> str:
-        """'' where the weights are what they say and the network works, else what is wrong; raises as an extraction."""
-        return self.extractor.self_check()
 
     def statistics(self) -> Rows:
         """Empty rows."""

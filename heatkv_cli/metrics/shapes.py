@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from heatkv_cli.errors import ArtifactError, ConfigError
-from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, paired_difference
+from heatkv_cli.errors import ConfigError
+from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, image_of, paired_difference
 from heatkv_cli.metrics.decisions import TASKS, Detection, Rules, decide
 from heatkv_cli.metrics.intervals import bootstrap_interval
 
@@ -144,9 +144,7 @@ class ShapesScore:
                 f"metric shapes: prompt {sample.prompt_id} has no 'tag' and 'include' to be judged by",
                 "use benchmark=shapes, or leave shapes out of the metrics",
             )
-        if sample.image is None:
-            raise ArtifactError(f"metric shapes: prompt {sample.prompt_id} has no image", "run 'heatkv generate' first")
-        detections = detect(sample.image, self.min_chroma, self.min_area)
+        detections = detect(image_of("metric shapes", sample), self.min_chroma, self.min_area)
         decision = decide(detections, sample.meta, self.rules)
         parts = {}
         if any("position" in group for group in sample.meta["include"]):
