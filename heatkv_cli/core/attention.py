@@ -1,4 +1,4 @@
-"""Attention over heads that keep different numbers of tokens: never padded, never masked.
+"""Attention over heads that keep different numbers of tokens: no head is padded to another's length.
 
 Heads of a layer that keep equally many tokens form a group; a group is one `scaled_dot_product_attention` over
 [its history, the current scale]. `varlen` hands the same to PyTorch's variable-length kernel in one launch, every
@@ -19,6 +19,7 @@ from torch import Tensor
 from heatkv_cli.core.timeline import staged
 
 CHUNK_ELEMENTS = 1 << 22  # probabilities held at once while statistics are computed: 16 MiB in float32
+KEYS_TOGETHER = 16  # keys that PyTorch's CPU kernel wants to see a multiple of in half precision, see `kernel_keys`
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Iterable[Group], 
 
     def attend(group: Group) -> tuple[Sequence[int], Tensor]:
         queries = q if len(group.heads) == every else _gathered(q, group.heads)
-        keys, values = _joined(group.k, k, group.heads), _joined(group.v, v, group.heads)
-        return group.heads, F.scaled_dot_product_attention(queries, keys, values, scale=softmax_scale)
+        count = group.k.shape[2] + k.shape[2]
+        spare = kernel_keys(q, count) - count
+        keys, values = (_joined(*pair, group.heads, spare) for pair in ((group.k, k), (group.v, v)))
+        mask = _last_hidden(queries, count, spare) if spare else None
+        return group.heads, F.scaled_dot_product_attention(queries, keys, values, mask, scale=softmax_scale)
 
     for heads, part in map(attend, groups):  # map lets go of a group before it asks for the next
         if len(heads) == every:
@@ -58,6 +62,28 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Iterable[Group], 
     if len(found) < every:
         raise ValueError(f"grouped_attention: {every - len(found)} of {every} heads are in no group")
     return torch.stack(found, 2).transpose(1, 2)  # heads beside each other, as the output projection reads them
+
+
+def kernel_keys(q: Tensor, keys: int) -> int:
+    """How many keys a group hands to the kernel: `keys`, or up to 15 zeros more, behind a mask.
+
+    PyTorch's bfloat16 kernel for CPUs takes up to four times as long for 277 or 421 keys as for the next multiple of
+    16, mask included; for few keys, and from about a thousand on, there is nothing to gain. The scales up to any one
+    have an odd number of tokens in sum, so this concerns nearly every group.
+
+    Args:
+        q: (B, H, N, D).
+        keys: that the group has.
+    """
+    gains = q.device.type == "cpu" and q.element_size() == 2 and 64 <= keys < 1024
+    return -(-keys // KEYS_TOGETHER) * KEYS_TOGETHER if gains else keys
+
+
+def _last_hidden(q: Tensor, keys: int, spare: int) -> Tensor:
+    """Mask (N, keys + spare) to add to the logits: -inf for the last `spare` keys."""
+    mask = q.new_zeros(keys + spare)
+    mask[keys:] = -torch.inf
+    return mask.expand(q.shape[2], -1)
 
 
 def varlen_attention(
@@ -115,16 +141,17 @@ def _gathered(x: Tensor, heads: Sequence[int]) -> Tensor:
 
 
 @staged("/join")
-def _joined(history: Tensor, current: Tensor, heads: Sequence[int]) -> Tensor:
-    """History (B, G, n, D) and the heads' share of the current scale (B, H, N, D) along the tokens, copied once."""
+def _joined(history: Tensor, current: Tensor, heads: Sequence[int], spare: int) -> Tensor:
+    """History (B, G, n, D), the heads' share of the current scale (B, H, N, D) and `spare` zeros, copied once."""
     every = len(heads) == current.shape[1]
-    if not current.shape[2]:
+    zeros = history.new_zeros(*history.shape[:2], spare, history.shape[3])
+    if not spare and not current.shape[2]:
         return history
-    if not history.shape[2]:
+    if not spare and not history.shape[2]:
         return current if every else _gathered(current, heads)
     if every:
-        return torch.cat((history, current), 2)
-    pieces = [piece for i, head in enumerate(heads) for piece in (history[:, i], current[:, head])]
+        return torch.cat((history, current, zeros), 2)
+    pieces = [piece for i, head in enumerate(heads) for piece in (history[:, i], current[:, head], zeros[:, i])]
     return torch.cat(pieces, 1).view(len(history), len(heads), -1, history.shape[-1])
 
 

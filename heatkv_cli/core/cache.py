@@ -7,11 +7,12 @@ dense], observers, policy after attention, pool, ledger. The last scale stores n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.attention import Group, grouped_attention, masked_attention, varlen_attention
+from heatkv_cli.core.attention import Group, grouped_attention, kernel_keys, masked_attention, varlen_attention
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.ledger import Ledger
 from heatkv_cli.core.policy import Keep, Observer, Policy, View, Visit
@@ -217,7 +218,7 @@ class KVCache:
             self._working(2 * stored + len(table.lengths) * count)
             history = self.pool.read(table.slots)
             return varlen_attention(visit.q, visit.k, visit.v, table.lengths, history, visit.softmax_scale)
-        self._working(table.copied_tokens(count))
+        self._working(table.copied_tokens(count, partial(kernel_keys, visit.q)))
         return grouped_attention(visit.q, visit.k, visit.v, self._history(table), visit.softmax_scale)
 
     def _attend_selection(self, visit: Visit, keep: Keep) -> Tensor:
@@ -239,7 +240,8 @@ class KVCache:
             chosen = _chosen(k, mask), _chosen(v, mask)
             return varlen_attention(visit.q, none, none, counts, chosen, visit.softmax_scale)
         columns = view.positions.shape[2]
-        self._working(view.tokens + max(counts.count(n) * (columns + n) for n in counts))
+        joined = {n: keys if (keys := kernel_keys(visit.q, n)) > n else 0 for n in counts}
+        self._working(view.tokens + max(counts.count(n) * (columns + n + joined[n]) for n in counts))
         return grouped_attention(visit.q, none, none, _selected_groups(k, v, mask, counts), visit.softmax_scale)
 
     def _history(self, table: LayerTable) -> Iterator[Group]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,19 +42,17 @@ class LayerTable:
             slots = self.slots if len(heads) == len(parts) else torch.cat([parts[h] for h in heads])
             yield heads, slots
 
-    def copied_tokens(self, current: int) -> int:
+    def copied_tokens(self, current: int, kernel_keys: Callable[[int], int]) -> int:
         """The most tokens (heads x keys) that attention over [history, `current` tokens] copies at once.
 
-        Per group: its history out of the pool, and history and current joined; a group that is the whole layer and
-        has no history copies nothing.
+        Per group: its history out of the pool, and what the kernel gets, history and current joined; a group that is
+        the whole layer and has no history copies nothing where the kernel takes the current tokens as they are.
         """
         most = 0
         for length in set(self.lengths):
-            heads = self.lengths.count(length)
-            if length:
-                most = max(most, heads * (2 * length + current))
-            elif heads < len(self.lengths):
-                most = max(most, heads * current)
+            heads, keys = self.lengths.count(length), kernel_keys(length + current)
+            if length or heads < len(self.lengths) or keys > current:
+                most = max(most, heads * (length + keys))
         return most
 
     def padded_positions(self) -> Tensor:

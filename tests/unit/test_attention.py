@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from heatkv_cli.core import attention
@@ -15,6 +16,7 @@ from heatkv_cli.core.attention import (
     Group,
     column_mass,
     grouped_attention,
+    kernel_keys,
     masked_attention,
     probability_chunks,
     varlen_attention,
@@ -103,6 +105,41 @@ def test_the_dtype_stays() -> None:
     dense = masked_attention(q, k, v, torch.ones(1, H, Q).bool(), SCALE)
     assert grouped.dtype == dense.dtype == torch.bfloat16
     torch.testing.assert_close(grouped, dense, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize(("old", "new"), [((0, 0), 85), ((21, 21), 64), ((0, 21), 64), ((5, 21), 63), ((3, 7), 1020)])
+def test_half_precision_hands_the_kernel_zeros_that_nobody_attends_to(
+    old: tuple[int, int], new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (randn(B, 2, new, 32, seed=seed).bfloat16() for seed in (1, 2, 3))
+    past = [[randn(B, 1, n, 32, seed=4 + n).bfloat16() for n in old] for _ in "kv"]
+    if old[0] == old[1]:
+        groups = [Group([0, 1], *(torch.cat(x, 1) for x in past))]
+    else:
+        groups = [Group([h], past[0][h], past[1][h]) for h in range(2)]
+    kernel, seen = F.scaled_dot_product_attention, []
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float) -> Tensor:
+        seen.append(k.shape[2])
+        return kernel(q, k, v, mask, scale=scale)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    got = grouped_attention(q, k, v, groups, SCALE)
+    counts = sorted({n + new for n in old})
+    assert seen == [-(-n // 16) * 16 if n < 1024 else n for n in counts]
+    for h, n in enumerate(old):
+        keys, values = (torch.cat((x[h], y[:, h : h + 1]), 2) for x, y in zip(past, (k, v), strict=True))
+        dense = masked_attention(q[:, h : h + 1], keys, values, torch.ones(1, 1, n + new).bool(), SCALE)
+        torch.testing.assert_close(got[:, h : h + 1], dense, atol=1e-2, rtol=1e-2)
+
+
+def test_only_half_precision_on_the_host_is_given_more_keys() -> None:
+    host, other = (
+        torch.empty(1, 1, 1, 1, dtype=torch.bfloat16),
+        torch.empty(1, 1, 1, 1, dtype=torch.bfloat16, device="meta"),
+    )
+    assert [kernel_keys(host, n) for n in (63, 64, 65, 277, 1023, 1024, 1025)] == [63, 64, 80, 288, 1024, 1024, 1025]
+    assert kernel_keys(other, 277) == kernel_keys(host.float(), 277) == 277
 
 
 def test_no_groups_are_a_mistake() -> None:

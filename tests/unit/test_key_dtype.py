@@ -15,6 +15,7 @@ from test_infinity_cache import GEOMETRY, GUIDED, PLAIN, PROMPTS, generators
 from test_infinity_cache import model as small
 from torch import Tensor
 
+from heatkv_cli.core.attention import Group, grouped_attention
 from heatkv_cli.core.cache import FULL_BUDGET, KVCache
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.methods.full import Full
@@ -45,7 +46,9 @@ class Upstream:
         if layer in self.k:
             k, v = torch.cat((self.k[layer], k), 2), torch.cat((self.v[layer], v), 2)
         self.k[layer], self.v[layer] = k, v
-        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, scale=softmax_scale)
+        none = v[:, :, :0]
+        whole = Group(range(v.shape[1]), none, none)  # the kernel is the same, only storage is not
+        return grouped_attention(q.to(v.dtype), k.to(v.dtype), v, [whole], softmax_scale)
 
     def end_scale(self) -> None:
         pass

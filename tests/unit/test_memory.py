@@ -162,10 +162,10 @@ def weigh_attention(cache: KVCache, monkeypatch: pytest.MonkeyPatch) -> list[int
         others = storages(ignore=(cache.pool.k, cache.pool.v)).values()
         weighed.append(sum(flat.nbytes for flat in others if bool(tagged(flat).all())))
 
-    def spy_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def spy_attention(query: Tensor, key: Tensor, value: Tensor, mask: None, scale: float) -> Tensor:
         assert bool(tagged(key).all() & tagged(value).all())
         weigh()
-        return attention(query, key, value, scale=scale)
+        return attention(query, key, value, mask, scale=scale)
 
     def spy_read(slots: Tensor) -> tuple[Tensor, Tensor]:
         copies = read(slots)
