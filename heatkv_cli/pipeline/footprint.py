@@ -79,7 +79,7 @@ class _Rehearsal(KVCache):
     def _check(self, layer: int, *tensors: Tensor) -> None:
         """Queries are fewer than keys."""
 
-    def view(self, layer: int) -> View:
+    def view(self, layer: int, heads: Tensor | None = None) -> View:
         raise LooksAtKeysError
 
     def keys(self, layer: int) -> NoReturn:
