@@ -14,7 +14,17 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.attention import Group, grouped_attention, kernel_keys, masked_attention, varlen_attention
+from heatkv_cli.core.attention import (
+    Group,
+    grouped_attention,
+    grouped_tokens,
+    kernel_keys,
+    masked_attention,
+    packed,
+    packed_groups,
+    spread,
+    varlen_attention,
+)
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.ledger import Ledger
 from heatkv_cli.core.policy import Keep, Observer, Policy, View, Visit
@@ -244,12 +254,12 @@ class KVCache:
             self._attended = _Selection(keep, mask, k, v)
         if self.backend == "masked":
             self._working(k.shape[1] + mask[0].numel())
-            return masked_attention(visit.q, _spread(k, mask), _spread(v, mask), mask, visit.softmax_scale)
+            return masked_attention(visit.q, spread(k, mask), spread(v, mask), mask, visit.softmax_scale)
         none = visit.k[:, :, :0]
         if self.backend == "varlen":
             return varlen_attention(visit.q, none, none, counts, (k, v), visit.softmax_scale)
-        self._working(k.shape[1] + _grouped_tokens(counts, partial(kernel_keys, visit.q)))
-        return grouped_attention(visit.q, none, none, _packed_groups(k, v, counts), visit.softmax_scale)
+        self._working(k.shape[1] + grouped_tokens(counts, partial(kernel_keys, visit.q)))
+        return grouped_attention(visit.q, none, none, packed_groups(k, v, counts), visit.softmax_scale)
 
     def _history(self, table: LayerTable) -> Iterator[Group]:
         """Copies of a layer's stored tokens, group by group; holds on to none of them."""
@@ -327,7 +337,7 @@ class KVCache:
             visit = self._visit
             assert visit is not None  # only the visiting layer has a current scale
             self._working(len(slots))
-            self.pool.write(slots, _current_tokens(visit.k, current), _current_tokens(visit.v, current))
+            self.pool.write(slots, packed(visit.k, current), packed(visit.v, current))
             table = table.appended(slots, self._current_positions(), current)
         self.tables[layer] = table
 
@@ -385,41 +395,3 @@ class _Selection:
     mask: Tensor
     k: Tensor
     v: Tensor
-
-
-def _current_tokens(x: Tensor, chosen: Tensor) -> Tensor:
-    """Tokens of x (B, H, N, D) that `chosen` (H, N) on the host names, head after head: (B, number chosen, D)."""
-    whole = chosen.all(1)
-    if bool((whole == chosen.any(1)).all()):  # atoms are kept or dropped as a whole: views will do
-        return torch.cat([x[:, head] for head in whole.nonzero().flatten().tolist()], 1)
-    index = chosen.flatten().nonzero().flatten()
-    return x.flatten(1, 2).index_select(1, index.to(x.device, non_blocking=True))
-
-
-def _spread(x: Tensor, mask: Tensor) -> Tensor:
-    """Packed tokens (B, number kept, D) where a mask (B or 1, H, N) has them, zeros elsewhere: (B, H, N, D)."""
-    mask = mask.expand(len(x), -1, -1).to(x.device)
-    dense = x.new_zeros(*mask.shape, x.shape[-1])
-    dense[mask] = x.flatten(0, 1)
-    return dense
-
-
-def _packed_groups(k: Tensor, v: Tensor, counts: Sequence[int]) -> Iterator[Group]:
-    """Heads with equally many of the packed tokens (B, number kept, D) together."""
-    for count in sorted(set(counts)):
-        heads = [h for h, n in enumerate(counts) if n == count]
-        yield Group(heads, *(_heads_of(x, heads, counts) for x in (k, v)))
-
-
-def _heads_of(x: Tensor, heads: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Equally long heads of packed tokens (B, number kept, D), beside each other: (B, G, n, D)."""
-    if len(heads) == len(counts):
-        return x.view(len(x), len(counts), -1, x.shape[-1])
-    parts = x.split(list(counts), 1)
-    return torch.stack([parts[h] for h in heads], 1)
-
-
-def _grouped_tokens(counts: Sequence[int], keys: Callable[[int], int]) -> int:
-    """The most tokens (heads x keys) that `_packed_groups` and the kernel's own copy of them weigh at once."""
-    several = len(set(counts)) > 1
-    return max(counts.count(n) * (n * several + (keys(n) if keys(n) > n else 0)) for n in set(counts))
