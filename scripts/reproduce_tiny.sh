@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes results/tiny anew, but for the training logs. Resumes where it was interrupted. On two CPU cores the first part
-# takes about 15 minutes, the tables of all methods (parts methods, hack) 1.5 hours, and what policies cost (overhead, on
-# a machine that does nothing else) 10 minutes.
-#   scripts/reproduce_tiny.sh [folder for the images, default runs/reproduce-tiny] [parts, default all four]
+# takes about 15 minutes, the tables of all methods (parts methods, hack) 1.5 hours, all metrics (the extra lite0) 5, and
+# what policies cost (overhead, on a machine that does nothing else) 10.
+#   scripts/reproduce_tiny.sh [folder for the images, default runs/reproduce-tiny] [parts, default all five]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-runs/reproduce-tiny}
-parts=${2:-controls methods hack overhead}
+parts=${2:-controls methods hack metrics overhead}
 to=results/tiny
 
 # An experiment in two processes of one thread each, then its table: small models gain little from a second thread.
@@ -50,6 +50,11 @@ if [[ $parts == *hack* ]]; then
     python scripts/compare.py --out "$out/hack-ablations" --base hack --metrics kl,psnr_layout,psnr,shapes \
         --to $to/hack-ablations-compared.csv
     python scripts/hack_tables.py $to/hack-ablations.csv $to/hack-ablations-compared.csv --to $to/hack-ablations.md
+fi
+
+if [[ $parts == *metrics* ]]; then
+    heatkv eval experiment=tiny-metrics --out "$out/metrics"
+    cp "$out/metrics/results.csv" $to/metrics.csv
 fi
 
 if [[ $parts == *overhead* ]]; then
