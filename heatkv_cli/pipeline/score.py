@@ -20,7 +20,7 @@ import torch
 from heatkv_cli.benchmarks.base import PromptSet, load_prompts
 from heatkv_cli.config import Plan, config_hash
 from heatkv_cli.console import Console
-from heatkv_cli.errors import ArtifactError, ConfigError, ConfigErrors
+from heatkv_cli.errors import ArtifactError, ConfigError, ConfigErrors, SetupError
 from heatkv_cli.metrics.base import Metric, Sample, SetMetric
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.image_folder import read_image, reference_of, scan, stamp
@@ -51,12 +51,14 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
 
     Raises:
         ConfigError: a metric needs something that was not given.
-        SetupError: a folder is missing or empty.
+        SetupError: a folder is missing or empty, or the reference is.
         ArtifactError: a name is double, an image has no prompt, or no image has a reference of its name.
     """
     cfg = plan.first
     metrics = {config.name: setup.metric_of(config, setup.device_of(cfg)) for config in cfg.metrics}
     _check_needs(plan, metrics, sources)
+    if sources.reference is not None and not sources.reference.exists():
+        raise SetupError(f"there is no reference {sources.reference}", "check the path of --reference")
     prompts = None if sources.prompts is None else load_prompts(sources.prompts)
     identity = {
         "images": str(sources.images.absolute()),

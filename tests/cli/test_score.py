@@ -150,6 +150,8 @@ def test_folders_that_cannot_be_scored(sides: tuple[Path, Path], tmp_path: Path,
     (tmp_path / "empty").mkdir()
     error = refused(capsys, 3, "--images", str(tmp_path / "empty"), *out)
     assert "empty holds no images" in error["error"]
+    missing = ["metric=fid", "--out", str(tmp_path / "out"), "--reference", str(tmp_path / "no.npz")]
+    assert "there is no reference" in refused(capsys, 3, "--images", str(sides[0]), *missing)["error"]
     assert "none is not a folder" in refused(capsys, 3, "--images", str(tmp_path / "none"), *out)["error"]
     double = folder(tmp_path / "double", {"a.png": 0, "a.jpg": 1})
     assert "two images are called a: a.jpg and a.png" in refused(capsys, 4, "--images", str(double), *out)["error"]
