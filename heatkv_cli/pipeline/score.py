@@ -88,14 +88,9 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
     path = cfg.out / "score" / "results.csv"  # apart from those of runs, which all have a model and a method
     rows = [row for name in measured for row in metric_rows(metrics[name], measured[name])]
     upsert_results(path, [{**_common(plan, run_id, prompts, sources, metrics[row["metric"]]), **row} for row in rows])
-    ui.table(
-        ("metric", "variant", "value", "low", "high", "n", "unit", "status"),
-        [
-            [row.get(key) for key in ("metric", "variant", "value", "low", "high", "n", "unit", "status")]
-            for row in rows
-        ],
-        f"{len(items)} images of {sources.images}",
-    )
+    columns = ("metric", "variant", "value", "low", "high", "n", "unit", "status")
+    cells = [[row.get(key) for key in columns] for row in rows]
+    ui.table(columns, cells, f"{len(items)} images of {sources.images}")
     ui.wrote(path)
     shown = ("variant", "value", "stderr", "low", "high", "n")
     return {
