@@ -65,6 +65,33 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
+class OnHub:
+    """Where the hub has a benchmark's files; fetched only when asked (``heatkv download benchmark=NAME``).
+
+    Args:
+        dataset: owner/name of the dataset repository.
+        files: paths in it of the prompt list; several make up a folder.
+        revision: commit; None is main.
+        bytes: of the list, as the hub shows it.
+        licence: of the files, '' where the repository states none.
+        images: path in it of the images that the benchmark is compared with; '' where there are none.
+        images_bytes: their size.
+    """
+
+    dataset: str
+    files: tuple[str, ...]
+    revision: str | None = None
+    bytes: int = 0
+    licence: str = ""
+    images: str = ""
+    images_bytes: int = 0
+
+    def url(self, file: str) -> str:
+        """Where a file can be fetched by hand."""
+        return f"https://huggingface.co/datasets/{self.dataset}/resolve/{self.revision or 'main'}/{file}"
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A prompt list and how it is used; one YAML of ``conf/benchmark``.
 
@@ -80,6 +107,7 @@ class Benchmark:
         rewrites: a JSON file, an object of prompt to the words that the model gets instead; its digest becomes part of
             the list's.
         source: where the file can be had, for messages.
+        hub: where the hub has it; None where it is not there.
         samples_per_prompt: images per prompt.
         default_metrics: names of ``conf/metric`` that ``eval`` uses when none is asked for.
         id_field, prompt_field: keys of a jsonl line or columns of a csv file.
@@ -94,6 +122,7 @@ class Benchmark:
     category: str | None = None
     rewrites: str | None = None
     source: str = ""
+    hub: OnHub | None = None
     samples_per_prompt: int = 1
     default_metrics: tuple[str, ...] = ()
     id_field: str = "id"
@@ -127,9 +156,10 @@ class Benchmark:
         """
         path = self.path
         if self.source and not path.exists():
+            fetch = f"heatkv download benchmark={self.name}, or get it from" if self.hub else "get it from"
             raise SetupError(
                 f"benchmark {self.name}: {path} is missing ({DATA} is {os.environ.get(DATA) or 'not set'})",
-                f"get it from {self.source} and put it there, or set benchmark.file",
+                f"{fetch} {self.source} and put it there, or set benchmark.file",
             )
         prompts = load_prompts(
             path, name=self.name, version=self.version, id_field=self.id_field, prompt_field=self.prompt_field,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image as Pixels
 
 from heatkv_cli.benchmarks.base import ORIGINAL, PromptItem
 from heatkv_cli.errors import ArtifactError, ConfigError
-from heatkv_cli.results import write_file
+from heatkv_cli.results import sha256_file, write_file
 
 _GENEVAL_KEYS = ("tag", "include", "exclude")
 
@@ -32,34 +31,54 @@ class Picture:
     file: Path
 
 
+def check_geneval(prompts: Sequence[PromptItem], samples: int) -> None:
+    """Raise a ConfigError unless every prompt has what GenEval's scorer reads; it takes any number of images."""
+    for item in prompts:
+        if not {"tag", "include"} <= set(item.meta):
+            raise ConfigError(f"prompt {item.id} is not of GenEval's list", "use a run of benchmark=geneval")
+
+
 def write_geneval(pictures: Iterable[Picture], prompts: Sequence[PromptItem], folder: Path) -> int:
     """Lay out a run of benchmark ``geneval`` as GenEval's ``evaluate_images.py`` reads it.
 
     Args:
         pictures: of the run, any part of it.
         prompts: the whole list, whose order names the folders.
-        folder: made if need be; files that are there are replaced.
+        folder: made if need be; what is there with the same content stays.
 
     Returns:
         The number of images.
 
     Raises:
-        ConfigError: a prompt is not of the list, or has no ``tag`` and ``include``.
+        ConfigError: a prompt has no ``tag`` and ``include``.
+        SetupError: a file cannot be written.
     """
+    check_geneval(prompts, 1)
     place = {item.id: i for i, item in enumerate(prompts)}
     written = 0
     for picture in pictures:
         item = picture.item
-        if item.id not in place or not {"tag", "include"} <= set(item.meta):
-            raise ConfigError(f"prompt {item.id} is not of GenEval's list", "use a run of benchmark=geneval")
         below = folder / f"{place[item.id]:05d}"
-        (below / "samples").mkdir(parents=True, exist_ok=True)
         metadata = {key: item.meta[key] for key in _GENEVAL_KEYS if key in item.meta}
         metadata["prompt"] = item.meta.get(ORIGINAL, item.prompt)
-        write_file(below / "metadata.jsonl", (json.dumps(metadata) + "\n").encode())
-        shutil.copyfile(picture.file, below / "samples" / f"{picture.sample:04d}.png")
+        facts, data = below / "metadata.jsonl", (json.dumps(metadata) + "\n").encode()
+        if not facts.is_file() or facts.read_bytes() != data:
+            write_file(facts, data)
+        _link(picture.file, below / "samples" / f"{picture.sample:04d}.png")
         written += 1
     return written
+
+
+def _link(file: Path, target: Path) -> None:
+    """Give a file a second name; where the file system has no hard links, a copy. What is there already stays."""
+    if target.exists() and (target.samefile(file) or sha256_file(target) == sha256_file(file)):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(file)
+    except OSError:
+        write_file(target, file.read_bytes())
 
 
 def read_geneval(folder: Path) -> list[Picture]:
@@ -82,12 +101,22 @@ def read_geneval(folder: Path) -> list[Picture]:
     return found
 
 
+def check_hpsv2(prompts: Sequence[PromptItem], samples: int) -> None:
+    """Raise a ConfigError unless every prompt has its place in HPSv2's folder, and one image."""
+    for item in prompts:
+        if samples != 1 or not {"style", "style_index"} <= set(item.meta):
+            raise ConfigError(
+                f"prompt {item.id}, {samples} images: HPSv2's folder has one image a prompt, of its list",
+                "use a run of benchmark=hpsv2 with one sample per prompt",
+            )
+
+
 def write_hpsv2(pictures: Iterable[Picture], folder: Path, jpeg_quality: int | None = None) -> int:
     """Lay out a run of benchmark ``hpsv2`` as ``hpsv2.evaluate`` reads it; returns the number of images.
 
     Args:
         pictures: of the run, any part of it.
-        folder: made if need be; files that are there are replaced.
+        folder: made if need be; what is there with the same content stays.
         jpeg_quality: of the files. None keeps the PNG, under the name that is asked for: the scorer goes by the
             content, and compression would change the scores.
 
@@ -96,16 +125,11 @@ def write_hpsv2(pictures: Iterable[Picture], folder: Path, jpeg_quality: int | N
     """
     written = 0
     for picture in pictures:
+        check_hpsv2([picture.item], picture.sample + 1)
         meta = picture.item.meta
-        if not {"style", "style_index"} <= set(meta) or picture.sample:
-            raise ConfigError(
-                f"prompt {picture.item.id}, image {picture.sample}: HPSv2's folder has one image a prompt, of its list",
-                "use a run of benchmark=hpsv2 with one sample per prompt",
-            )
         target = folder / meta["style"] / f"{meta['style_index']:05d}.jpg"
-        target.parent.mkdir(parents=True, exist_ok=True)
         if jpeg_quality is None:
-            shutil.copyfile(picture.file, target)
+            _link(picture.file, target)
         else:
             buffer = io.BytesIO()
             with Pixels.open(picture.file) as opened:
@@ -131,8 +155,16 @@ def read_hpsv2(folder: Path, prompts: Sequence[PromptItem]) -> list[Picture]:
     return found
 
 
-WRITERS: dict[str, Callable[[Sequence[Picture], Sequence[PromptItem], Path], int]] = {
-    "geneval": write_geneval,
-    "hpsv2": lambda pictures, prompts, folder: write_hpsv2(pictures, folder),
+@dataclass(frozen=True)
+class Layout:
+    """A tree of one benchmark: whether a list fits into it (prompts, images of each), and writing it."""
+
+    check: Callable[[Sequence[PromptItem], int], None]
+    write: Callable[[Sequence[Picture], Sequence[PromptItem], Path], int]
+
+
+LAYOUTS = {
+    "geneval": Layout(check_geneval, write_geneval),
+    "hpsv2": Layout(check_hpsv2, lambda pictures, prompts, folder: write_hpsv2(pictures, folder)),
 }
-"""By the benchmark's name: images, the whole list, and where to."""
+"""By the benchmark's name."""

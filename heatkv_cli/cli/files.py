@@ -1,4 +1,4 @@
-"""The commands about model files: models, download."""
+"""The commands about files: models, download."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ import typer
 
 from heatkv_cli.cli.app import app
 from heatkv_cli.cli.options import Debug, DryRun, Json, Weights, complete
-from heatkv_cli.errors import SetupError
+from heatkv_cli.errors import ConfigError, SetupError, did_you_mean
 
 Name = Annotated[Optional[str], typer.Argument(metavar="[MODEL]", autocompletion=complete("model"), show_default=False)]
+
+
+def _downloads(incomplete: str) -> list[str]:
+    """Complete a model's name, or benchmark=NAME."""
+    from heatkv_cli.config import choices
+
+    words = [*choices("model"), *(f"benchmark={name}" for name in choices("benchmark"))]
+    return [word for word in words if word.startswith(incomplete)]
 
 
 @app.command()
@@ -49,32 +57,48 @@ def models(
 
 @app.command()
 def download(
-    model: Annotated[str, typer.Argument(metavar="MODEL", autocompletion=complete("model"), show_default=False)],
+    what: Annotated[str, typer.Argument(metavar="MODEL|benchmark=NAME", autocompletion=_downloads, show_default=False)],
     weights: Weights = None,
+    images: Annotated[
+        bool, typer.Option("--images", help="Of a benchmark: also the images it is compared with (gigabytes).")
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fetch the files of a model from the hub, and nothing else.
+    """Fetch the files of a model, or the prompts of a benchmark, from the hub, and nothing else.
 
     \b
     Examples:
       heatkv download infinity-2b --dry-run                 # what, how large, from where
       heatkv download infinity-2b --weights ~/weights
       heatkv download infinity-2b                           # into the hub's cache (HF_HOME)
+      heatkv download benchmark=hpsv2                       # into HEATKV_DATA, else ./data
+      heatkv download benchmark=mjhq30k --images            # 3.6 GB more, to compare with
 
     An interrupted download goes on where it stopped.
     """
     from heatkv_cli.console import Console
 
     console = Console(as_json=as_json, debug=debug)
-    with console.guard(f"heatkv download {model}") as outcome:
+    with console.guard(f"heatkv download {what}") as outcome:
         from heatkv_cli.config import compose
         from heatkv_cli.pipeline import files
 
-        run = compose([], command="download", options={"model": model, "weights": weights}).first
-        report = files.download(run, console, dry_run)
+        kind, _, name = what.rpartition("=")
+        if kind not in ("", "model", "benchmark"):
+            raise ConfigError(f"'{kind}' cannot be downloaded", did_you_mean(kind, ["model", "benchmark"]))
+        if kind == "benchmark":
+            if weights is not None:
+                raise ConfigError("--weights is for the files of models", "prompts go to the folder HEATKV_DATA")
+            run = compose([what], command="download").first
+            report = files.download_benchmark(run, console, dry_run, images)
+        else:
+            if images:
+                raise ConfigError("--images is for benchmarks", "leave it away, or: heatkv download benchmark=NAME")
+            run = compose([], command="download", options={"model": name, "weights": weights}).first
+            report = files.download(run, console, dry_run)
         console.result({"status": "planned" if dry_run else "done", **report})
         if not dry_run:
-            console.next(f"heatkv models {model}")
+            console.next(f"heatkv doctor {what}" if kind == "benchmark" else f"heatkv models {name}")
     raise typer.Exit(outcome.code)

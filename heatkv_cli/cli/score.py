@@ -19,7 +19,8 @@ def score(
         Path, typer.Option("--images", help="Folder of images.", metavar="DIR", show_default=False)
     ] = ...,  # type: ignore[assignment]
     reference: Annotated[
-        Optional[Path], typer.Option("--reference", help="Images of the same names to compare with.", metavar="DIR")
+        Optional[Path],
+        typer.Option("--reference", help="Images to compare with: of the same names, or a set.", metavar="DIR"),
     ] = None,
     prompts: Annotated[
         Optional[Path],
@@ -39,7 +40,8 @@ def score(
       heatkv score --images theirs --prompts prompts.txt metric=clip_score
       heatkv score --images theirs metric=fid metric.fid.reference=mjhq30k
 
-    Images may lie in folders (GenEval's tree). Writes OUT/score/results.csv, one row per number, and prints a table.
+    Image is compared with image by name (psnr, ssim, lpips), set with set whatever names and number (fid, ...). Images
+    may lie in folders (GenEval's tree). Writes OUT/score/results.csv, one row per number, and prints a table.
     """
     from heatkv_cli.console import Console
 

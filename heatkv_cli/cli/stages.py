@@ -111,7 +111,8 @@ def generate(
       heatkv generate method=heatkv budget=0.1 --limit 16
       heatkv generate method=heatkv budget=0.1 --limit all --shard 0/4    # one of four processes
 
-    Writes OUT/images/NAME/free/*.png and manifest.csv, batch by batch.
+    Writes OUT/images/NAME/free/*.png and manifest.csv, batch by batch; for benchmark=geneval and hpsv2 also the folder
+    that their original scorers read, OUT/images/NAME/geneval or hpsv2.
     """
     options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
     options |= {"limit": limit, "shard": shard, "weights": weights, "out": out}

@@ -191,8 +191,9 @@ class BenchmarkConfig:
     note: str = ""
 
     def identity(self) -> dict[str, Any]:
-        """What of the benchmark can change an image."""
-        return {"name": self.name, "version": self.version, "target": self.target, "params": self.params}
+        """What of the benchmark can change an image; not where its files can be fetched."""
+        params = {key: value for key, value in self.params.items() if key != "hub"}
+        return {"name": self.name, "version": self.version, "target": self.target, "params": params}
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from heatkv_cli.benchmarks.base import ORIGINAL
-from heatkv_cli.config import Plan, RunConfig, config_hash, raise_all
+from heatkv_cli.config import Plan, RunConfig
 from heatkv_cli.console import Console
-from heatkv_cli.errors import BudgetError, ConfigError
+from heatkv_cli.errors import ConfigError
 from heatkv_cli.metrics.base import Metric, Sample, SetMetric, Value
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.contact_sheet import write_contact_sheet
-from heatkv_cli.pipeline.generate import CHOSEN, FREE, Job, Models, prepare, run_pass
+from heatkv_cli.pipeline.generate import CHOSEN, FREE, Infeasible, Job, Models, prepare, prepare_all, run_pass
 from heatkv_cli.pipeline.image_folder import read_image, reference_of
 from heatkv_cli.pipeline.measure import Item, Measured, incomplete, measure, metric_rows, statistics_of
 from heatkv_cli.results import RunFolder, encode_rows, environment, upsert_results, utc_now, write_file
@@ -47,19 +47,6 @@ class Evaluated:
         return self.job.cfg.is_reference and self.against is not None
 
 
-@dataclass(frozen=True)
-class Infeasible:
-    """A point of a sweep that cannot exist: the method cannot meet the budget, and `error` says why."""
-
-    cfg: RunConfig
-    error: BudgetError
-
-    @property
-    def run_id(self) -> str:
-        """Of a run that never is: the hash of its config alone."""
-        return self.cfg.name(config_hash(self.cfg.identity()))
-
-
 def run(plan: Plan, ui: Console) -> dict[str, Any]:
     """Make what is missing for every run of the plan, compute its metrics, write results, print the table.
 
@@ -69,7 +56,8 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
         BudgetError: nothing that was asked for can exist.
     """
     models, done = Models(), dict[str, Evaluated]()
-    jobs, infeasible = _prepare(plan, ui)
+    prepared, infeasible = prepare_all(plan.runs, ui)
+    jobs = [(job, prepare(job.cfg.as_reference(), ui)) for job in prepared]
     jobs += _noise_floor(jobs, ui)
     _announce(jobs, ui)
     for job, reference in jobs:
@@ -97,26 +85,8 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
         "contact_sheet": str(sheet.absolute()) if sheet else None,
         "runs": [_summary(item) for item in shown],
         **incomplete([(item.job.run_id, item.measured) for item in done.values()], ui),
-        "infeasible": [
-            {"method": point.cfg.method.name, "budget": point.cfg.budget_label, "reason": point.error.message}
-            for point in infeasible
-        ],
+        "infeasible": [point.report for point in infeasible],
     }
-
-
-def _prepare(plan: Plan, ui: Console) -> tuple[list[tuple[Job, Job]], list[Infeasible]]:
-    """Every run with its reference, and the points of the sweep that cannot exist."""
-    jobs, infeasible = [], []
-    for cfg in plan.runs:
-        try:
-            jobs.append((prepare(cfg, ui), prepare(cfg.as_reference(), ui)))
-        except BudgetError as error:
-            infeasible.append(Infeasible(cfg, error))
-    if not jobs:
-        raise_all([point.error for point in infeasible])
-    for point in infeasible:
-        ui.warn(f"left out: {point.error.message}")
-    return jobs, infeasible
 
 
 def _noise_floor(jobs: list[tuple[Job, Job]], ui: Console) -> list[tuple[Job, Job]]:

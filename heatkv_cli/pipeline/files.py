@@ -1,10 +1,11 @@
-"""Model files: which are there (`heatkv models`), and fetching them (`heatkv download`), which happens only when asked.
+"""Model files: which are there (`heatkv models`); fetching them and prompt lists (`heatkv download`), only when asked.
 
 The hub is met through `hub()` alone; everything else of the program reads files that are already on disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import shutil
@@ -12,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from heatkv_cli.config import RunConfig
+from heatkv_cli.benchmarks.base import DATA, Benchmark, OnHub
+from heatkv_cli.config import RunConfig, build_leaf
 from heatkv_cli.console import Console, size_text
-from heatkv_cli.errors import SetupError
+from heatkv_cli.errors import ConfigError, SetupError
 from heatkv_cli.models.weights import WeightFile, asset, damage, hub_cache, lacking, places
 
 PRESENT, MISSING, CORRUPT = "present", "missing", "corrupt"
@@ -102,7 +104,7 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
     ui.table(("file", "licence", "from"), [[file.name, file.licence, url] for file in wanted for url in file.urls])
     ui.say(f"model {model}: {size_text(total)} to {target}")
     if not dry_run:
-        _check_disk(total, target)
+        _check_disk(total, target, "name another folder with --weights DIR")
         for file in wanted:
             _fetch(model, file, run.weights, target, again=states[file.name] == CORRUPT)
     return {"model": model, "files": plan, "bytes": total, "revisions": commits, "target": str(target)}
@@ -168,23 +170,19 @@ def _fetch(model: str, file: WeightFile, folder: Path | None, target: Path, agai
         raise SetupError(f"model {model}: {got} came damaged: {wrong}", f"delete it, then: heatkv download {model}")
 
 
-def _check_disk(total: int, target: Path) -> None:
+def _check_disk(total: int, target: Path, hint: str) -> None:
     folder = target.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < total:
-        raise SetupError(
-            f"{size_text(total)} do not fit on the disk of {target}: {size_text(free)} are free",
-            "name another folder with --weights DIR",
-        )
+        raise SetupError(f"{size_text(total)} do not fit on the disk of {target}: {size_text(free)} are free", hint)
 
 
 def _unreachable(model: str, files: Sequence[WeightFile], target: Path, error: Exception) -> SetupError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     lines = [f"  {url}" for url in _by_hand(files)]
     return SetupError(
-        f"model {model}: cannot fetch from the hub: {reason}",
+        f"model {model}: cannot fetch from the hub: {_reason(error)}",
         "\n".join((
             "connect (and unset HF_HUB_OFFLINE), or fetch by hand into a folder named by --weights DIR or "
             "HEATKV_WEIGHTS_DIR:",
@@ -193,7 +191,113 @@ def _unreachable(model: str, files: Sequence[WeightFile], target: Path, error: E
     )  # fmt: skip
 
 
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _by_hand(files: Sequence[WeightFile]) -> Iterator[str]:
     for file in files:
         for part, url in zip(file.parts or ("",), file.urls, strict=True):
             yield f"{url} -> {file.name}{'/' + part if part else ''}"
+
+
+# -------------------------------------------------------------------------------------------------- benchmarks' files
+
+
+def download_benchmark(run: RunConfig, ui: Console, dry_run: bool = False, images: bool = False) -> dict[str, Any]:
+    """Fetch the prompt list of the run's benchmark to where its YAML looks for it, then read it.
+
+    What is there already is not fetched again, and never replaced.
+
+    Args:
+        run: its benchmark is meant.
+        ui: for what is planned.
+        dry_run: ask nobody, fetch nothing; sizes are those of the YAML.
+        images: also the images that the benchmark is compared with.
+
+    Returns:
+        `files`: path in the repository and where it goes; `bytes`: their sum; `revisions`: repository -> commit.
+
+    Raises:
+        ConfigError: images were asked for where there are none, or the list is not of its form.
+        SetupError: the benchmark is not on the hub, the hub cannot be reached, the disk is too small, or what came is
+            not the list that the YAML describes; says where to get it by hand.
+    """
+    benchmark = build_leaf(run.benchmark, Benchmark, where="benchmark")
+    label, source = f"benchmark {benchmark.name}", benchmark.hub
+    if images and not (source and source.images):
+        raise ConfigError(f"{label} has no images on the hub", "leave --images away")
+    wanted = {} if source is None else _places_of(benchmark, source, images)
+    wanted = {file: path for file, path in wanted.items() if not path.exists()}
+    if source is None or not wanted:
+        if source is None and benchmark.source and not benchmark.path.exists():
+            raise SetupError(
+                f"{label} is not on the hub; it comes from {benchmark.source}",
+                f"get it there and put it at {benchmark.path.absolute()} (folder: {DATA})",
+            )
+        ui.say(f"{label}: nothing to fetch, {len(benchmark.load())} prompts are there")
+        return {"benchmark": benchmark.name, "files": [], "bytes": 0, "revisions": {}}
+    if dry_run:
+        total, revisions = source.bytes * (set(wanted) != {source.images}), {}
+        total += source.images_bytes * (source.images in wanted)
+    else:
+        total, commit = _ask_dataset(label, source, wanted)
+        revisions = {source.dataset: commit}
+    ui.table(("file", "licence", "from"), [[str(path), source.licence or "none stated", source.url(file)]
+                                           for file, path in wanted.items()])  # fmt: skip
+    ui.say(f"{label}: {size_text(total)}")
+    if not dry_run:
+        _check_disk(total, benchmark.path, f"name another folder with {DATA}")
+        for file, path in wanted.items():
+            _fetch_data(label, source, file, path, wanted)
+        ui.say(f"{label}: {len(benchmark.load())} prompts")
+        if source.images in wanted:
+            archive = wanted[source.images]
+            ui.say(f"unpack the images: unzip -q {archive} -d {archive.with_suffix('')}")
+    files = [{"repository": source.dataset, "path": file, "to": str(path.absolute())} for file, path in wanted.items()]
+    return {"benchmark": benchmark.name, "files": files, "bytes": total, "revisions": revisions}
+
+
+def _places_of(benchmark: Benchmark, source: OnHub, images: bool) -> dict[str, Path]:
+    """Paths in the repository, and where the files go; several prompt files make up a folder."""
+    path, several = benchmark.path, len(source.files) > 1
+    places = {file: path / Path(file).name if several else path for file in source.files}
+    return places | ({source.images: (path if several else path.parent) / source.images} if images else {})
+
+
+def _ask_dataset(label: str, source: OnHub, wanted: dict[str, Path]) -> tuple[int, str]:
+    """The exact size of what is wanted, and the commit it is of."""
+    try:
+        info = hub().HfApi().dataset_info(source.dataset, revision=source.revision, files_metadata=True)
+    except _failures() as error:
+        raise _no_data(label, source, wanted, error) from error
+    known = {sibling.rfilename: sibling.size for sibling in info.siblings}
+    gone = [file for file in wanted if file not in known]
+    if gone:
+        raise SetupError(
+            f"{label}: huggingface.co/datasets/{source.dataset} @ {info.sha[:12]} has no {gone[0]}",
+            "look at the repository's page; the files and a revision are named in conf/benchmark",
+        )
+    return sum(known[file] or 0 for file in wanted), info.sha
+
+
+def _fetch_data(label: str, source: OnHub, file: str, path: Path, wanted: dict[str, Path]) -> None:
+    """Fetch one file; huggingface_hub keeps the part of a cut download beside it and goes on there."""
+    try:
+        got = hub().hf_hub_download(
+            source.dataset, file, repo_type="dataset", revision=source.revision or "main", local_dir=path.parent
+        )
+    except _failures() as error:
+        raise _no_data(label, source, wanted, error) from error
+    Path(got).replace(path)
+    for folder in list(Path(file).parents)[:-1]:  # the repository's own folders, once they are empty
+        with contextlib.suppress(OSError):
+            (path.parent / folder).rmdir()
+
+
+def _no_data(label: str, source: OnHub, wanted: dict[str, Path], error: Exception) -> SetupError:
+    lines = [f"  {source.url(file)} -> {path.absolute()}" for file, path in wanted.items()]
+    return SetupError(
+        f"{label}: cannot fetch from the hub: {_reason(error)}",
+        "\n".join(("connect (and unset HF_HUB_OFFLINE), or fetch by hand:", *lines)),
+    )

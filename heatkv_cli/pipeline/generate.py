@@ -21,14 +21,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from heatkv_cli.config import Plan, RunConfig, config_hash
+from heatkv_cli.benchmarks.trees import LAYOUTS, Layout, Picture
+from heatkv_cli.config import Plan, RunConfig, config_hash, raise_all
 from heatkv_cli.console import Console
 from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.ledger import Ledger
 from heatkv_cli.core.timeline import Timeline
-from heatkv_cli.errors import ConfigError, GPUMemoryError
+from heatkv_cli.errors import BudgetError, ConfigError, GPUMemoryError
 from heatkv_cli.models.base import ImageModel, Trace
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.build_schedule import schedule_of
@@ -64,21 +65,71 @@ class Job:
         return len(self.images) if asked is None else min(len(self.images), asked * self._samples)
 
     @property
+    def layout(self) -> Layout | None:
+        """Of the folder that the benchmark's own scorer reads."""
+        return LAYOUTS.get(self.cfg.benchmark.name)
+
+    @property
     def _samples(self) -> int:
         return max(image.sample for image in self.images) + 1
 
 
+@dataclass(frozen=True)
+class Infeasible:
+    """A point of a sweep that cannot exist: the method cannot meet the budget, and `error` says why."""
+
+    cfg: RunConfig
+    error: BudgetError
+
+    @property
+    def run_id(self) -> str:
+        """Of a run that never is: the hash of its config alone."""
+        return self.cfg.name(config_hash(self.cfg.identity()))
+
+    @property
+    def report(self) -> dict[str, str]:
+        """What --json says of it."""
+        return {"method": self.cfg.method.name, "budget": self.cfg.budget_label, "reason": self.error.message}
+
+
 def run(plan: Plan, ui: Console) -> dict[str, Any]:
-    """Make the images of every run of the plan."""
+    """Make the images of every run of the plan; in a sweep, budgets that a method cannot meet are left out.
+
+    Where the benchmark has a scorer of its own, the images are also laid out as that reads them (`benchmarks.trees`).
+
+    Raises:
+        BudgetError: nothing that was asked for can exist.
+    """
     reports = []
     models = Models()
-    for cfg in plan.runs:
-        job = prepare(cfg, ui)
+    jobs, infeasible = prepare_all(plan.runs, ui)
+    for job in jobs:
+        if job.layout:
+            prompts, samples = setup.prompts_of(job.cfg.benchmark)
+            job.layout.check(prompts.items, samples)
+    for job in jobs:
         run_pass(job, FREE, models, ui)
-        reports.append({"run_id": job.run_id, "path": str((job.folder / FREE).absolute()), "images": job.shown})
+        report = {"run_id": job.run_id, "path": str((job.folder / FREE).absolute()), "images": job.shown}
         ui.wrote(job.folder / FREE)
+        if job.layout:
+            prompts, _ = setup.prompts_of(job.cfg.benchmark)
+            tree = job.folder / job.cfg.benchmark.name
+            job.layout.write(_pictures(job), prompts.items, tree)
+            report["tree"] = str(tree.absolute())
+            ui.wrote(tree)
+        reports.append(report)
     ui.next(plan.command_line.replace("heatkv generate", "heatkv eval", 1))
-    return {**reports[0], "runs": reports}
+    return {
+        "status": "partial" if infeasible else "done", **reports[0], "runs": reports,
+        "infeasible": [point.report for point in infeasible],
+    }  # fmt: skip
+
+
+def _pictures(job: Job) -> list[Picture]:
+    """The images of a run that are there, as its benchmark's tree takes them; others are another shard's."""
+    folder = RunFolder.reading(job.folder / FREE)
+    rows = ((image, folder.row(image.image_id)) for image in job.images[: job.shown])
+    return [Picture(image.item, image.sample, folder.path / row["file"]) for image, row in rows if row is not None]
 
 
 class Models:
@@ -92,6 +143,26 @@ class Models:
         if key not in self._loaded:
             self._loaded[key] = setup.load_model(job.cfg, job.files)
         return self._loaded[key]
+
+
+def prepare_all(configs: Sequence[RunConfig], ui: Console) -> tuple[list[Job], list[Infeasible]]:
+    """Every run that can exist, and the points of the sweep that cannot.
+
+    Raises:
+        BudgetError: none can; several errors become one `ConfigErrors`.
+        HeatKVError: as `prepare`.
+    """
+    jobs, infeasible = list[Job](), list[Infeasible]()
+    for cfg in configs:
+        try:
+            jobs.append(prepare(cfg, ui))
+        except BudgetError as error:
+            infeasible.append(Infeasible(cfg, error))
+    if not jobs:
+        raise_all([point.error for point in infeasible])
+    for point in infeasible:
+        ui.warn(f"left out: {point.error.message}")
+    return jobs, infeasible
 
 
 def prepare(cfg: RunConfig, ui: Console) -> Job:

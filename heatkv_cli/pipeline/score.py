@@ -1,7 +1,8 @@
 """score: images that somebody made -> the same metrics, rows and intervals as `eval`; no model, no method.
 
 Images are known by their names. A prompt with id P has the images P, P-0, P-1, ... or P/0, P/samples/0, ... (GenEval's
-tree), any image ending; a reference has the same names as the image it is compared with.
+tree), any image ending. A metric that compares image with image finds the reference by the image's name; one that
+compares set with set takes all references, whatever their names and number.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from heatkv_cli.benchmarks.base import PromptSet, load_prompts
 from heatkv_cli.config import Plan, config_hash
 from heatkv_cli.console import Console
-from heatkv_cli.errors import ArtifactError, ConfigError, ConfigErrors
+from heatkv_cli.errors import ArtifactError, ConfigError, ConfigErrors, SetupError
 from heatkv_cli.metrics.base import Metric, Sample, SetMetric
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.image_folder import read_image, reference_of, scan, stamp
@@ -35,7 +36,8 @@ class Sources:
 
     Attributes:
         images: folder of images.
-        reference: folder of the images they are compared with; None where there are none.
+        reference: folder of the images they are compared with, or, where all metrics compare sets, an npz file with
+            ``mu`` and ``sigma``; None where there are none.
         prompts: txt, jsonl or csv list; None where there is none.
     """
 
@@ -49,12 +51,14 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
 
     Raises:
         ConfigError: a metric needs something that was not given.
-        SetupError: a folder is missing or empty.
-        ArtifactError: names are double, or belong to nothing.
+        SetupError: a folder is missing or empty, or the reference is.
+        ArtifactError: a name is double, an image has no prompt, or no image has a reference of its name.
     """
     cfg = plan.first
     metrics = {config.name: setup.metric_of(config, setup.device_of(cfg)) for config in cfg.metrics}
     _check_needs(plan, metrics, sources)
+    if sources.reference is not None and not sources.reference.exists():
+        raise SetupError(f"there is no reference {sources.reference}", "check the path of --reference")
     prompts = None if sources.prompts is None else load_prompts(sources.prompts)
     identity = {
         "images": str(sources.images.absolute()),
@@ -64,26 +68,29 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
     digest = config_hash(identity)
     run_id = f"score-{sources.images.absolute().name}-{digest[:8]}"
     folder = cfg.out / "score" / run_id
-    items, missing = items_of(sources, prompts)
+    files = scan(sources.images)
+    paired = [metric for metric in metrics.values() if metric.kind == "paired"]
+    others = _others(files, sources) if paired else {}
+    items, pairs = items_of(files, {}, prompts), items_of(files, others, prompts)
+    unseen = _unseen(files, prompts)
+    unpaired = [image_id for image_id in others if image_id not in files]
     write_meta(folder, config_hash=digest, config=identity, run_id=run_id)
     ui.log_to(folder)
     configs = {config.name: config for config in cfg.metrics}
     measured = {}
     for name, metric in metrics.items():
         reference = _reference(metric, sources, cfg.out, ui)
-        found = measure(metric, configs[name], items, folder, ui, reference=reference)
-        measured[name] = _lacking(found, missing)
+        own = pairs if metric in paired else items
+        found = measure(metric, configs[name], own, folder, ui, reference=reference)
+        measured[name] = _lacking(found, unseen, "prompts")
+        if metric in paired:
+            measured[name] = _lacking(measured[name], unpaired, "reference images")
     path = cfg.out / "score" / "results.csv"  # apart from those of runs, which all have a model and a method
     rows = [row for name in measured for row in metric_rows(metrics[name], measured[name])]
     upsert_results(path, [{**_common(plan, run_id, prompts, sources, metrics[row["metric"]]), **row} for row in rows])
-    ui.table(
-        ("metric", "variant", "value", "low", "high", "n", "unit", "status"),
-        [
-            [row.get(key) for key in ("metric", "variant", "value", "low", "high", "n", "unit", "status")]
-            for row in rows
-        ],
-        f"{len(items)} images of {sources.images}",
-    )
+    columns = ("metric", "variant", "value", "low", "high", "n", "unit", "status")
+    cells = [[row.get(key) for key in columns] for row in rows]
+    ui.table(columns, cells, f"{len(items)} images of {sources.images}")
     ui.wrote(path)
     shown = ("variant", "value", "stderr", "low", "high", "n")
     return {
@@ -126,31 +133,50 @@ def _reference(metric: Metric, sources: Sources, out: Path, ui: Console) -> Any:
     return None if path is None else reference_of(path, out, ui)
 
 
-def items_of(sources: Sources, prompts: PromptSet | None) -> tuple[list[Item], list[str]]:
-    """The images with their prompts and references, and the ids of prompts without an image.
+def _others(files: Mapping[str, Path], sources: Sources) -> dict[str, Path]:
+    """The images to compare with, by name.
 
     Raises:
-        ArtifactError: an image has no prompt, or no image has a reference.
+        ArtifactError: none has the name of an image.
     """
-    files = scan(sources.images)
-    others = scan(sources.reference) if sources.reference else {}
-    if others and others.keys().isdisjoint(files):
+    if sources.reference is None:
+        return {}
+    others = scan(sources.reference)
+    if others.keys().isdisjoint(files):
         raise ArtifactError(
             f"no image of {sources.reference} has the name of one of {sources.images}",
-            f"names must agree, apart from the ending: {next(iter(files))} and {next(iter(others))} do not",
+            f"names must agree, apart from the ending: {next(iter(files))} and {next(iter(others))} do not; "
+            "metrics of sets (fid, ...) by themselves need no names",
         )
+    return others
+
+
+def items_of(files: Mapping[str, Path], others: Mapping[str, Path], prompts: PromptSet | None) -> list[Item]:
+    """The images with their prompts, and the references of the same names.
+
+    Raises:
+        ArtifactError: an image has no prompt.
+    """
     known = {item.id: item for item in prompts.items} if prompts else {}
-    items, seen = [], set()
+    items = []
     for image_id, path in files.items():
         prompt_id, index = _prompt_of(image_id, known) if prompts else (image_id, 0)
-        seen.add(prompt_id)
         beside = others.get(image_id)
         item = known.get(prompt_id)
         text, meta = (item.prompt, item.meta) if item else ("", {})
         key = stamp(path) + (f"/{stamp(beside)}" if beside else "")
         sample = Sample(prompt_id, text, meta, index=index)
         items.append(Item(image_id, key, partial(_load, sample, path, beside)))
-    return items, [prompt_id for prompt_id in known if prompt_id not in seen]
+    return items
+
+
+def _unseen(files: Mapping[str, Path], prompts: PromptSet | None) -> list[str]:
+    """Ids of prompts without an image."""
+    if prompts is None:
+        return []
+    known = {item.id: item for item in prompts.items}
+    seen = {_prompt_of(image_id, known)[0] for image_id in files}
+    return [prompt_id for prompt_id in known if prompt_id not in seen]
 
 
 def _load(sample: Sample, path: Path, beside: Path | None) -> Sample:
@@ -175,11 +201,11 @@ def _prompt_of(image_id: str, known: Mapping[str, Any]) -> tuple[str, int]:
     )
 
 
-def _lacking(measured: Measured, missing: list[str]) -> Measured:
-    """A value over fewer prompts than the list has is not whole, and says so."""
+def _lacking(measured: Measured, missing: list[str], what: str) -> Measured:
+    """A value over fewer images than there are prompts or references is not whole, and says so."""
     if not missing or measured.status not in ("ok", "partial"):
         return measured
-    reason = f"{len(missing)} prompts have no image, the first: {missing[0]}"
+    reason = f"{len(missing)} {what} have no image, the first: {missing[0]}"
     reason = f"{measured.reason}; {reason}" if measured.reason else reason
     return Measured(measured.values, measured.scores, "partial", reason, measured.weights_sha256)
 

@@ -210,6 +210,22 @@ def test_infeasible_budget_names_the_smallest(name: str, tmp_path: Path, capsys:
     assert "1/155" in document["errors"][0]["fix"]
 
 
+def test_generate_goes_on_past_a_budget_that_cannot_be(tmp_path: Path, capsys: Capture) -> None:
+    words = ["method=heatkv,sinks", "budget=0.001,0.2", "--limit", "1", "--out", str(tmp_path)]
+    document = call(capsys, "generate", *words, code=6)
+    assert document["status"] == "partial"
+    assert [(point["method"], point["budget"]) for point in document["infeasible"]] == [
+        ("heatkv", "0.001"),
+        ("sinks", "0.001"),
+    ]
+    assert all("smallest feasible" in point["reason"] for point in document["infeasible"])
+    assert [Path(report["path"]).parent.name[:-9] for report in document["runs"]] == [
+        "tiny-heatkv-0.2-shapes",
+        "tiny-sinks-0.2-shapes",
+    ]
+    assert all(list(Path(report["path"]).glob("*.png")) for report in document["runs"])
+
+
 def test_unknown_word_in_a_prompt(tmp_path: Path, capsys: Capture) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circel on white\n")

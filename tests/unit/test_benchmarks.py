@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from heatkv_cli.benchmarks.base import ORIGINAL, Benchmark, PromptItem
-from heatkv_cli.benchmarks.trees import WRITERS, Picture, read_geneval, read_hpsv2, write_geneval, write_hpsv2
+from heatkv_cli.benchmarks.trees import LAYOUTS, Picture, read_geneval, read_hpsv2, write_geneval, write_hpsv2
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "benchmark"
@@ -223,7 +223,7 @@ def test_genevals_tree(data: Path, tmp_path: Path) -> None:
     back = read_geneval(tmp_path / "tree")
     assert [(p.item, p.sample) for p in back] == [(p.item, p.sample) for p in made[1:]]
     assert all(a.file.read_bytes() == b.file.read_bytes() for a, b in zip(back, made[1:], strict=True))
-    assert WRITERS["geneval"](made, items, tmp_path / "again") == 4
+    assert LAYOUTS["geneval"].write(made, items, tmp_path / "again") == 4
 
 
 def test_genevals_tree_has_the_original_prompt(data: Path, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_genevals_tree_has_the_original_prompt(data: Path, tmp_path: Path) -> No
 def test_hpsv2s_tree(data: Path, tmp_path: Path) -> None:
     items = small("hpsv2").load().items
     made = pictures(items, 1, tmp_path)
-    assert WRITERS["hpsv2"](made[:3], items, tmp_path / "tree") == 3
+    assert LAYOUTS["hpsv2"].write(made[:3], items, tmp_path / "tree") == 3
     names = sorted(str(p.relative_to(tmp_path / "tree")) for p in (tmp_path / "tree").rglob("*.*"))
     assert names == ["anime/00000.jpg", "anime/00001.jpg", "concept-art/00000.jpg"]
     with Image.open(tmp_path / "tree/anime/00001.jpg") as opened:
