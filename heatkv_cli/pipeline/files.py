@@ -15,7 +15,8 @@ from typing import Any
 from heatkv_cli.config import RunConfig
 from heatkv_cli.console import Console, size_text
 from heatkv_cli.errors import SetupError
-from heatkv_cli.models.weights import WeightFile, asset, damage, hub_cache, lacking, places
+from heatkv_cli.models.weights import WeightFile, asset, damage, lacking, places
+from heatkv_cli.results import hub_cache
 
 PRESENT, MISSING, CORRUPT = "present", "missing", "corrupt"
 INSTALL = "pip install 'heatkv[hub]'"
