@@ -9,7 +9,7 @@ chunks of queries, never as one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,6 +153,44 @@ def _joined(history: Tensor, current: Tensor, heads: Sequence[int], spare: int) 
         return torch.cat((history, current, zeros), 2)
     pieces = [piece for i, head in enumerate(heads) for piece in (history[:, i], current[:, head], zeros[:, i])]
     return torch.cat(pieces, 1).view(len(history), len(heads), -1, history.shape[-1])
+
+
+def packed_groups(k: Tensor, v: Tensor, counts: Sequence[int]) -> Iterator[Group]:
+    """Heads with equally many of the packed tokens (B, number kept, D) together."""
+    for count in sorted(set(counts)):
+        heads = [h for h, n in enumerate(counts) if n == count]
+        yield Group(heads, *(_heads_of(x, heads, counts) for x in (k, v)))
+
+
+def _heads_of(x: Tensor, heads: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Equally long heads of packed tokens (B, number kept, D), beside each other: (B, G, n, D)."""
+    if len(heads) == len(counts):
+        return x.view(len(x), len(counts), -1, x.shape[-1])
+    parts = x.split(list(counts), 1)
+    return torch.stack([parts[h] for h in heads], 1)
+
+
+def grouped_tokens(counts: Sequence[int], keys: Callable[[int], int]) -> int:
+    """The most tokens (heads x keys) that `packed_groups` and the kernel's own copy of them weigh at once."""
+    several = len(set(counts)) > 1
+    return max(counts.count(n) * (n * several + (keys(n) if keys(n) > n else 0)) for n in set(counts))
+
+
+def packed(x: Tensor, chosen: Tensor) -> Tensor:
+    """Tokens of x (B, H, N, D) that `chosen` (H, N) on the host names, head after head: (B, number chosen, D)."""
+    whole = chosen.all(1)
+    if bool((whole == chosen.any(1)).all()):  # atoms are kept or dropped as a whole: views will do
+        return torch.cat([x[:, head] for head in whole.nonzero().flatten().tolist()], 1)
+    index = chosen.flatten().nonzero().flatten()
+    return x.flatten(1, 2).index_select(1, index.to(x.device, non_blocking=True))
+
+
+def spread(x: Tensor, mask: Tensor) -> Tensor:
+    """Packed tokens (B, number kept, D) where a mask (B or 1, H, N) has them, zeros elsewhere: (B, H, N, D)."""
+    mask = mask.expand(len(x), -1, -1).to(x.device)
+    dense = x.new_zeros(*mask.shape, x.shape[-1])
+    dense[mask] = x.flatten(0, 1)
+    return dense
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_scale: float) -> Tensor:

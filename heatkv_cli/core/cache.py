@@ -7,12 +7,24 @@ dense], observers, policy after attention, pool, ledger. The last scale stores n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.attention import Group, grouped_attention, kernel_keys, masked_attention, varlen_attention
+from heatkv_cli.core.attention import (
+    Group,
+    grouped_attention,
+    grouped_tokens,
+    kernel_keys,
+    masked_attention,
+    packed,
+    packed_groups,
+    spread,
+    varlen_attention,
+)
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.ledger import Ledger
 from heatkv_cli.core.policy import Keep, Observer, Policy, View, Visit
@@ -87,6 +99,7 @@ class KVCache:
         self.scale = 0
         self._visit: Visit | None = None
         self._placed: tuple[LayerTable, int, Tensor] | None = None  # a visit's positions, asked for again and again
+        self._attended: _Selection | None = None  # what a visit has chosen before attention, to be stored after it
 
     # ------------------------------------------------------------------------------------------------ the seam
 
@@ -131,7 +144,7 @@ class KVCache:
             self._store(visit, before, keeps)
         with stage("pool"):
             self.ledger.visited(self.pool.used, self.pool.index_bytes + sum(t.index_bytes for t in self.tables))
-        self._visit = None
+        self._visit = self._attended = None
         return y
 
     def _check(self, layer: int, *tensors: Tensor) -> None:
@@ -162,16 +175,22 @@ class KVCache:
 
     def keys(self, layer: int) -> Tensor:
         """Keys of [cache, current], (B, H, N, D), heads padded with zeros to equal length; not to be written to."""
-        joined = self._joined(layer, self.pool.k, None if (visit := self._visiting(layer)) is None else visit.k)
-        self.charge(joined.nbytes + len(self.tables[layer].slots) * self.pool.slot_bytes // 2)
+        table, visit = self.tables[layer], self._visiting(layer)
+        joined = self._joined(table, max(table.lengths), self.pool.k, None if visit is None else visit.k)
+        self.charge(joined.nbytes + len(table.slots) * self.pool.slot_bytes // 2)
         return joined
 
-    def view(self, layer: int) -> View:
+    def view(self, layer: int, heads: Tensor | None = None) -> View:
         """Keys and values of [cache, current], heads padded to equal length; not to be written to."""
-        visit = self._visiting(layer)
-        k = self._joined(layer, self.pool.k, None if visit is None else visit.k)
-        view = View(k, self._joined(layer, self.pool.v, None if visit is None else visit.v), self.positions(layer))
-        self._working(view.tokens + len(self.tables[layer].slots))
+        table, visit, positions = self.tables[layer], self._visiting(layer), self.positions(layer)
+        width = max(table.lengths)
+        current: Sequence[Tensor] = () if visit is None else (visit.k, visit.v)
+        if heads is not None:
+            table, positions = table.of(heads.tolist()), positions[:, heads]
+            current = [x.index_select(1, heads.to(x.device)) for x in current]
+        k, v = (self._joined(table, width, *each) for each in zip_longest((self.pool.k, self.pool.v), current))
+        view = View(k, v, positions)
+        self._working(view.tokens + len(table.slots))
         return view
 
     def charge(self, nbytes: int) -> None:
@@ -182,10 +201,9 @@ class KVCache:
         """The visit in progress, where it is this layer's."""
         return self._visit if self._visit is not None and self._visit.layer == layer else None
 
-    def _joined(self, layer: int, stored: Tensor, current: Tensor | None) -> Tensor:
-        """One half of the pool's tokens of a layer, padded, and the current scale's behind them."""
-        table = self.tables[layer]
-        width, count = max(table.lengths), 0 if current is None else current.shape[2]
+    def _joined(self, table: LayerTable, width: int, stored: Tensor, current: Tensor | None) -> Tensor:
+        """Keys or values of a table, padded to `width`, and the current scale's behind them."""
+        count = 0 if current is None else current.shape[2]
         if not width and current is not None:
             return current
         history = stored.index_select(1, table.slots.to(stored.device))
@@ -226,23 +244,22 @@ class KVCache:
         where = f"before_attend of layer {visit.layer} at scale {visit.scale}"
         if keep.layer != visit.layer:
             raise ValueError(f"{where} answered for layer {keep.layer}")
-        mask, view = self._mask_of(keep), self.view(visit.layer)
+        mask = self._mask_of(keep)
         counts = mask[0].sum(-1).tolist()
         if min(counts) == 0:
             raise ValueError(f"{where} leaves a head nothing to attend to")
         self.ledger.attending(visit.scale, counts)
-        k, v = _replaced(view, keep)
+        k, v = self._kept(keep, mask)
+        if len(mask) > 1 or keep.merged is not None:
+            self._attended = _Selection(keep, mask, k, v)
         if self.backend == "masked":
-            return masked_attention(visit.q, k, v, mask, visit.softmax_scale)
+            self._working(k.shape[1] + mask[0].numel())
+            return masked_attention(visit.q, spread(k, mask), spread(v, mask), mask, visit.softmax_scale)
         none = visit.k[:, :, :0]
         if self.backend == "varlen":
-            self._working(view.tokens + sum(counts))
-            chosen = _chosen(k, mask), _chosen(v, mask)
-            return varlen_attention(visit.q, none, none, counts, chosen, visit.softmax_scale)
-        columns = view.positions.shape[2]
-        joined = {n: keys if (keys := kernel_keys(visit.q, n)) > n else 0 for n in counts}
-        self._working(view.tokens + max(counts.count(n) * (columns + n + joined[n]) for n in counts))
-        return grouped_attention(visit.q, none, none, _selected_groups(k, v, mask, counts), visit.softmax_scale)
+            return varlen_attention(visit.q, none, none, counts, (k, v), visit.softmax_scale)
+        self._working(k.shape[1] + grouped_tokens(counts, partial(kernel_keys, visit.q)))
+        return grouped_attention(visit.q, none, none, packed_groups(k, v, counts), visit.softmax_scale)
 
     def _history(self, table: LayerTable) -> Iterator[Group]:
         """Copies of a layer's stored tokens, group by group; holds on to none of them."""
@@ -300,11 +317,14 @@ class KVCache:
         return mask
 
     def _apply(self, keep: Keep) -> None:
+        if self._attended is not None and self._attended.keep is keep:
+            self._rewrite(self._attended)
+            return
         mask = self._mask_of(keep)
-        if len(mask) == 1 and keep.k is None and keep.v is None:
+        if len(mask) == 1 and keep.merged is None:
             self._drop_and_append(keep.layer, mask[0])
         else:
-            self._rewrite(keep, mask)
+            self._rewrite(_Selection(keep, mask, *self._kept(keep, mask)))
 
     def _drop_and_append(self, layer: int, mask: Tensor) -> None:
         """The same columns leave in every row: their slots are given back, nothing moves."""
@@ -317,29 +337,41 @@ class KVCache:
             visit = self._visit
             assert visit is not None  # only the visiting layer has a current scale
             self._working(len(slots))
-            self.pool.write(slots, _current_tokens(visit.k, current), _current_tokens(visit.v, current))
+            self.pool.write(slots, packed(visit.k, current), packed(visit.v, current))
             table = table.appended(slots, self._current_positions(), current)
         self.tables[layer] = table
 
-    def _rewrite(self, keep: Keep, mask: Tensor) -> None:
+    def _rewrite(self, chosen: _Selection) -> None:
         """Rows keep different tokens, or tokens were merged: what is kept is compacted into the head's own slots."""
-        table, positions = self.tables[keep.layer], self.positions(keep.layer)
+        layer, mask = chosen.keep.layer, chosen.mask
+        table, positions = self.tables[layer], self.positions(layer)
         rows = max(len(mask), len(positions))
         mask, positions = mask.expand(rows, -1, -1), positions.expand(rows, -1, -1)
-        counts = mask[0].sum(-1).tolist()
-        merged = [x for x in (keep.k, keep.v) if x is not None]
-        self._working(2 * sum(counts), sum(x.nbytes for x in merged))
-        if len(merged) == 2:
-            k, v = (_chosen(x, mask) for x in merged)
-        else:
-            k, v = self._kept(keep.layer, mask.expand(self.rows, -1, -1))
-            k, v = (_chosen(x, mask) if x is not None else y for x, y in ((keep.k, k), (keep.v, v)))
         self.pool.give(table.slots)
-        slots = self.pool.take(sum(counts))
-        self.pool.write(slots, k, v)
-        self.tables[keep.layer] = LayerTable(tuple(counts), slots, positions[mask].view(rows, -1))
+        slots = self.pool.take(chosen.k.shape[1])
+        self.pool.write(slots, chosen.k, chosen.v)
+        counts = tuple(mask[0].sum(-1).tolist())
+        self.tables[layer] = LayerTable(counts, slots, positions[mask].view(rows, -1))
 
-    def _kept(self, layer: int, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _kept(self, keep: Keep, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values that a checked mask keeps, merged ones in their place; (B, number kept, D)."""
+        counts, merged = mask[0].sum(-1).tolist(), keep.merged
+        self._working(2 * sum(counts))
+        if merged is None:
+            return self._copied(keep.layer, mask.expand(self.rows, -1, -1))
+        expected = (self.rows, sum(counts[h] for h in merged.heads), self.geometry.head_dim)
+        for x in (merged.k, merged.v):
+            if tuple(x.shape) != expected:
+                raise ValueError(f"Keep of layer {keep.layer}: merged {tuple(x.shape)}, expected {expected}")
+        if len(merged.heads) == len(counts):
+            return merged.k, merged.v
+        self._working(2 * sum(counts) + expected[1])
+        k, v = self._copied(keep.layer, mask.expand(self.rows, -1, -1))
+        places = torch.arange(sum(counts)).split(counts)
+        index = torch.cat([places[h] for h in merged.heads]).to(k.device)
+        return k.index_copy_(1, index, merged.k), v.index_copy_(1, index, merged.v)
+
+    def _copied(self, layer: int, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of keys and values chosen by a mask (B, H, N) over [cache, current], each (B, number chosen, D)."""
         table, visit, device = self.tables[layer], self._visiting(layer), self.pool.k.device
         row, head, column = mask.nonzero().unbind(1)
@@ -355,28 +387,11 @@ class KVCache:
         return k.view(shape), v.view(shape)
 
 
-def _current_tokens(x: Tensor, chosen: Tensor) -> Tensor:
-    """Tokens of x (B, H, N, D) that `chosen` (H, N) on the host names, head after head: (B, number chosen, D)."""
-    whole = chosen.all(1)
-    if bool((whole == chosen.any(1)).all()):  # atoms are kept or dropped as a whole: views will do
-        return torch.cat([x[:, head] for head in whole.nonzero().flatten().tolist()], 1)
-    index = chosen.flatten().nonzero().flatten()
-    return x.flatten(1, 2).index_select(1, index.to(x.device, non_blocking=True))
+@dataclass(frozen=True)
+class _Selection:
+    """A decision at work: its mask without padding, and the keys and values that it keeps, (B, number kept, D)."""
 
-
-def _replaced(view: View, keep: Keep) -> tuple[Tensor, Tensor]:
-    """Keys and values of a view, or what a merging method puts in their place."""
-    return view.k if keep.k is None else keep.k, view.v if keep.v is None else keep.v
-
-
-def _selected_groups(k: Tensor, v: Tensor, mask: Tensor, counts: Sequence[int]) -> Iterator[Group]:
-    """Copies of the chosen tokens, heads with equally many together."""
-    for count in sorted(set(counts)):
-        heads = [h for h, c in enumerate(counts) if c == count]
-        shape = (len(k), len(heads), count, k.shape[-1])
-        yield Group(heads, *(_chosen(x[:, heads], mask[:, heads]).view(shape) for x in (k, v)))
-
-
-def _chosen(x: Tensor, mask: Tensor) -> Tensor:
-    """Tokens (B, H, N, D) chosen by a mask (B or 1, H, N) with equal counts in all rows -> (B, number chosen, D)."""
-    return x[mask.expand(len(x), -1, -1).to(x.device)].view(len(x), -1, x.shape[-1])
+    keep: Keep
+    mask: Tensor
+    k: Tensor
+    v: Tensor

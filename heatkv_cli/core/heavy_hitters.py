@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.merging import merge_dropped
-from heatkv_cli.core.policy import Keep, Method, Visit
+from heatkv_cli.core.policy import Keep, Merged, Method, Visit
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.core.selection import (
     Recent,
@@ -96,9 +96,9 @@ class HeavyHitters(Selecting):
         if self._merge is None:
             return Keep(visit.layer, mask=mask)
         view = visit.view()
-        visit.charge(2 * (view.k.nbytes + view.v.nbytes))
+        visit.charge(view.k.nbytes + view.v.nbytes + 8 * view.k.numel())  # and two float32 copies of dropped tokens
         k, v = merge_dropped(view.k, view.v, mask, view.valid, self._merge)
-        return Keep(visit.layer, mask=mask, k=k, v=v)
+        return Keep(visit.layer, mask=mask, merged=Merged(range(view.k.shape[1]), k, v))
 
     def _received(self, visit: Visit) -> Tensor:
         """Attention that each token gets at this visit, (B, H, N)."""

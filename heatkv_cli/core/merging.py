@@ -25,7 +25,7 @@ RULES = ("pivot", "average", "weighted", "similarity")
 
 
 def merge_dropped(k: Tensor, v: Tensor, kept: Tensor, valid: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    """Keys and values after every dropped token went into its nearest kept one.
+    """Keys and values of the kept tokens after every dropped one went into its nearest.
 
     Args:
         k, v: (B, H, N, D).
@@ -37,7 +37,8 @@ def merge_dropped(k: Tensor, v: Tensor, kept: Tensor, valid: Tensor, rule: str) 
             max(cosine, 0), the kept token with 1.
 
     Returns:
-        k, v (B, H, N, D), changed at kept tokens only; in the dtypes given, computed in float32.
+        k, v (B, number kept, D), head after head, in the dtypes given; computed in float32. Every row must keep
+        equally many tokens of a head.
 
     Differs: upstream's `weighted` compares means over the heads by rank of the dropped token; here each token's own.
     """
@@ -48,20 +49,23 @@ def merge_dropped(k: Tensor, v: Tensor, kept: Tensor, valid: Tensor, rule: str) 
     dropped = valid.to(k.device).expand(shape) & ~kept & kept.any(-1, keepdim=True)
     pivots, is_pivot = _packed(kept)
     sources, is_source = _packed(dropped)
-    if not sources.shape[-1] or not pivots.shape[-1]:
-        return k, v
-    pivots, sources = _rows_of(pivots, shape), _rows_of(sources, shape)
+    pivots, count = _rows_of(pivots, shape), is_pivot.numel()
+
+    def real(x: Tensor) -> Tensor:
+        return x[is_pivot].view(len(x), int(is_pivot[0].sum()), x.shape[-1])
+
+    if not sources.shape[-1]:
+        return real(_take(k, pivots)), real(_take(v, pivots))
+    sources = _rows_of(sources, shape)
     cosine, nearest = _nearest(k, sources, pivots, is_pivot)
     pull, own, mass = _weights(cosine, is_source, rule)
-    count = is_pivot.numel()
     places = _rows_of(nearest, is_pivot.shape).flatten()
     own, mass = (cosine.new_zeros(count).index_add_(0, places, x.flatten()) for x in (own, mass))
 
     def folded(x: Tensor) -> Tensor:
         total = _take(x, pivots).float().flatten(0, 2) * (1 + own).unsqueeze(-1)
         total.index_add_(0, places, (_take(x, sources).float() * pull.unsqueeze(-1)).flatten(0, 2))
-        new = (total / (1 + mass).unsqueeze(-1)).to(x.dtype)
-        return x.flatten(0, 2).index_copy(0, pivots.flatten(), new).view(x.shape)
+        return real((total / (1 + mass).unsqueeze(-1)).to(x.dtype).view(*is_pivot.shape, -1))
 
     return folded(k), folded(v)
 

@@ -6,7 +6,7 @@ one generation: it sees each visit and answers with what to keep. It never touch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -45,8 +45,8 @@ class View:
 class Candidates(Protocol):
     """Where a visit gets its view from; the cache."""
 
-    def view(self, layer: int) -> View:
-        """Stored tokens of a layer, for the visiting layer followed by the current scale."""
+    def view(self, layer: int, heads: Tensor | None = None) -> View:
+        """Stored tokens of a layer, for the visiting layer followed by the current scale; of some heads or all."""
         ...
 
     def keys(self, layer: int) -> Tensor:
@@ -82,9 +82,13 @@ class Visit:
     cache: Candidates
     raw_query: Callable[[], Tensor] | None = None
 
-    def view(self) -> View:
-        """[cache, current] of this layer, copied together; for methods that look at values too."""
-        return self.cache.view(self.layer)
+    def view(self, heads: Tensor | None = None) -> View:
+        """[cache, current] of this layer, copied together; for methods that look at values too.
+
+        Args:
+            heads: long, of which; None is all of them. The columns are the same.
+        """
+        return self.cache.view(self.layer, heads)
 
     def keys(self) -> Tensor:
         """Keys of [cache, current], (B, H, N, D), copied together; padding is 0."""
@@ -149,6 +153,20 @@ class Visit:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """What merging puts in the place of the kept tokens' own keys and values.
+
+    Args:
+        heads: of which heads, ascending.
+        k, v: (B, n, D), the kept tokens of these heads, head after head.
+    """
+
+    heads: Sequence[int]
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
 class Keep:
     """What stays of one layer's tokens: exactly one of `mask` and `segments`.
 
@@ -157,15 +175,14 @@ class Keep:
         mask: bool (H, N), the same for all rows, or (B, H, N) with equally many kept tokens per head in every row;
             columns as in `View`. For the visiting layer they include the current scale, for others the cache alone.
         segments: bool (H, K) by source scale: whole atoms, no look at tokens needed.
-        k, v: (B, H, N, D) that replace keys and values of the kept tokens (merging methods), in storage and, where the
-            Keep was made before attention, in attention too.
+        merged: other keys and values for kept tokens, in storage and, where the Keep was made before attention, in
+            attention too.
     """
 
     layer: int
     mask: Tensor | None = None
     segments: Tensor | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
+    merged: Merged | None = None
 
 
 class Policy:

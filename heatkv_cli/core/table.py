@@ -42,6 +42,15 @@ class LayerTable:
             slots = self.slots if len(heads) == len(parts) else torch.cat([parts[h] for h in heads])
             yield heads, slots
 
+    def of(self, heads: Sequence[int]) -> LayerTable:
+        """The table of some heads."""
+        slots, positions = self.slots.split(list(self.lengths)), self.positions.split(list(self.lengths), 1)
+        return LayerTable(
+            tuple(self.lengths[h] for h in heads),
+            torch.cat([slots[h] for h in heads]),
+            torch.cat([positions[h] for h in heads], 1),
+        )
+
     def copied_tokens(self, current: int, kernel_keys: Callable[[int], int]) -> int:
         """The most tokens (heads x keys) that attention over [history, `current` tokens] copies at once.
 

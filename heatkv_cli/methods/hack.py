@@ -14,7 +14,7 @@ from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.merging import merge_dropped
-from heatkv_cli.core.policy import Keep, Method, Policy, Visit
+from heatkv_cli.core.policy import Keep, Merged, Method, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.core.selection import (
     SCORE_BYTES,
@@ -247,12 +247,10 @@ class _Hack(Selecting):
 
 def _merged(visit: Visit, mask: Tensor, heads: Tensor) -> Keep:
     """The keep, with dropped tokens of some heads folded into their kept ones."""
-    view = visit.view()
-    visit.charge(3 * (view.k.nbytes + view.v.nbytes) + SCORE_BYTES * view.k[..., 0].numel())
-    heads, valid = heads.to(view.k.device), view.valid.to(view.k.device)
-    k, v, kept, real = (x.index_select(1, heads) for x in (view.k, view.v, mask, valid))
-    k, v = merge_dropped(k, v, kept, real, "similarity")
-    return Keep(visit.layer, mask=mask, k=view.k.index_copy(1, heads, k), v=view.v.index_copy(1, heads, v))
+    view = visit.view(heads)
+    visit.charge(view.k.nbytes + view.v.nbytes + 8 * view.k.numel() + SCORE_BYTES * view.k[..., 0].numel())
+    k, v = merge_dropped(view.k, view.v, mask[:, heads.to(mask.device)], view.valid, "similarity")
+    return Keep(visit.layer, mask=mask, merged=Merged(heads.tolist(), k, v))
 
 
 def best_of_patches(scores: Tensor, schedule: ScaleSchedule, scale: int, sides: Tensor) -> Tensor:
@@ -271,11 +269,8 @@ def best_of_patches(scores: Tensor, schedule: ScaleSchedule, scale: int, sides: 
     side = sides[:, None, None].clamp(min=1)
     cells = ((rows * side // height) * side + columns * side // width).flatten(1)
     cells = cells.to(scores.device).expand(scores.shape)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    patches = int(side.max()) ** 2
-    leader = torch.full((*scores.shape[:2], patches), scores.shape[-1], device=scores.device)
-    leader.scatter_reduce_(-1, cells, rank, "amin")
-    return (rank == leader.gather(-1, cells)) & (sides > 0)[:, None].to(scores.device)
+    place, patches = torch.arange(scores.shape[-1], device=scores.device), int(side.max()) ** 2
+    best = scores.new_full((*scores.shape[:2], patches), -torch.inf).scatter_reduce_(-1, cells, scores, "amax")
+    leads = place.where(scores == best.gather(-1, cells), len(place))
+    first = leads.new_full(best.shape, len(place)).scatter_reduce_(-1, cells, leads, "amin")
+    return (place == first.gather(-1, cells)) & (sides > 0)[:, None].to(scores.device)

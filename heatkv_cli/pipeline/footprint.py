@@ -79,7 +79,7 @@ class _Rehearsal(KVCache):
     def _attend(self, visit: Visit, before: Keep | None) -> Tensor:
         return super()._attend(replace(visit, q=visit.q[:, :, :1]), before)
 
-    def view(self, layer: int) -> View:
+    def view(self, layer: int, heads: Tensor | None = None) -> View:
         raise LooksAtKeysError
 
     def keys(self, layer: int) -> NoReturn:

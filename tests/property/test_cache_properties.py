@@ -21,7 +21,7 @@ from torch import Tensor
 
 from heatkv_cli.core import attention
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.policy import Keep, Policy, Visit
+from heatkv_cli.core.policy import Keep, Merged, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 
 LOGIT = 30.0  # design.md 10: the tolerances hold up to here
@@ -74,7 +74,7 @@ class Slow:
         for column in decision.columns[row][head]:
             token = everything[column]
             if decision.merged is not None:
-                token = Token(token.position, *decision.merged[row][head][column])
+                token = Token(token.position, *decision.merged[row][head].get(column, token[1:]))
             out.append(token)
         return out
 
@@ -143,21 +143,17 @@ class Script:
         return mask
 
     def _merged(self, layer: int, mask: Tensor, columns: Columns, lengths: list[int]) -> Decision:
-        shape, width = (*mask.shape, self.slow.geometry.head_dim), max(lengths)
+        """Other keys and values for what some heads keep, or all of them."""
+        heads = sorted(self.dice.sample(range(len(lengths)), self.dice.randint(1, len(lengths))))
+        counts = [len(columns[0][h]) for h in heads]
+        shape = (len(columns), sum(counts), self.slow.geometry.head_dim)
         k, v = (torch.randn(shape, generator=self.generator).to(self.dtype) for _ in range(2))
-        merged = [
-            [
-                {
-                    c: (k[row, h, at], v[row, h, at])
-                    for c in kept
-                    for at in [c if c < lengths[h] else width + c - lengths[h]]
-                }
-                for h, kept in enumerate(per_head)
-            ]
-            for row, per_head in enumerate(columns)
-        ]
+        merged = [[dict[int, tuple[Tensor, Tensor]]() for _ in lengths] for _ in columns]
+        for row, per_head in enumerate(columns):
+            for h, *tokens in zip(heads, k[row].split(counts), v[row].split(counts), strict=True):
+                merged[row][h] = dict(zip(per_head[h], zip(*tokens, strict=True), strict=True))
         same = all(per_head == columns[0] for per_head in columns)
-        return Decision(Keep(layer, mask=mask[0] if same else mask, k=k, v=v), columns, merged)
+        return Decision(Keep(layer, mask=mask[0] if same else mask, merged=Merged(heads, k, v)), columns, merged)
 
     def _segments(self, layer: int, scale: int, visit: Visit | None) -> Decision | None:
         """Whole source scales; None where rows would keep different numbers of tokens."""
