@@ -238,14 +238,17 @@ def _show_runs(plan: Plan, plans: Sequence[BytePlan | None], ui: Console) -> Non
         rows = [[run.model.name, run.calibration_prompts.name, size_text(kv_bytes(run)[0])] for run in plan.runs]
         ui.table(("model", "prompts", "KV full"), rows, title=_headline(plan))
         return
-    columns, memory = ["method", "parameters", "budget", "prompts", "KV kept", "KV full", "peak"], plan.first.memory
+    memory = plan.first.memory
+    swept = [group for group in ("model", "benchmark") if len(_first_of(plan, group)) > 1]
+    columns = [*swept, "method", "parameters", "budget", "prompts", "KV kept", "KV full", "peak"]
     rows = []
     for run, bytes_ in zip(plan.runs, plans, strict=True):
         full, kept = kv_bytes(run)
         params = ", ".join(f"{key}={value}" for key, value in run.method.params.items())
         images = "all" if run.limit is None else str(run.limit)
         peak = "-" if bytes_ is None else size_text(bytes_.total(run.runtime.batch_size))
-        row = [run.method.name, params, run.budget or f"rho={run.rho}", images, size_text(kept), size_text(full), peak]
+        row = [getattr(run, group).name for group in swept]
+        row += [run.method.name, params, run.budget or f"rho={run.rho}", images, size_text(kept), size_text(full), peak]
         rows.append(row + ([] if memory is None or bytes_ is None else [str(bytes_.largest_batch(memory))]))
     ui.table(columns + ([] if memory is None else ["largest batch"]), rows, title=_headline(plan))
     shown = [(run, bytes_) for run, bytes_ in zip(plan.runs, plans, strict=True) if bytes_ is not None]
@@ -275,9 +278,9 @@ def kv_bytes(run: RunConfig) -> tuple[int, int]:
 
 
 def _headline(plan: Plan) -> str:
-    first = plan.first
-    model, batch = first.model, first.runtime.batch_size
-    where = f"{model.name} at {model.shape_label}, {first.benchmark.name}, batches of {batch}"
+    models = ", ".join(f"{run.model.name} at {run.model.shape_label}" for run in _first_of(plan, "model"))
+    benchmarks = ", ".join(run.benchmark.name for run in _first_of(plan, "benchmark"))
+    where = f"{models}, {benchmarks}, batches of {plan.first.runtime.batch_size}"
     name = plan.experiment.title or plan.experiment.name if plan.experiment else plan.command
     return f"{name}: {where} ({len(plan.runs)} {'run' if len(plan.runs) == 1 else 'runs'})"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -161,13 +162,34 @@ def _check_model(model: ModelConfig, errors: list[ConfigError]) -> None:
     if any(not 0 <= scale < count for scale in model.layout_scales):
         hint = f"{name} has the scales 0 to {count - 1}"
         errors.append(ConfigError(f"model.layout_scales is {list(model.layout_scales)}", hint))
+    _check_sampling(model, errors)
+
+
+def _check_sampling(model: ModelConfig, errors: list[ConfigError]) -> None:
+    """Values that would give NaN, or that would be passed over in silence."""
+    sampling, count, depth = model.sampling, len(model.sizes), model.num_layers
     for key in ("cfg", "tau"):
-        value = getattr(model.sampling, key)
+        value = getattr(sampling, key)
         if isinstance(value, tuple) and len(value) != count:
-            message = f"model.sampling.{key} has {len(value)} values"
-            errors.append(
-                ConfigError(message, f"{name} has {count} scales at {model.resolution}: one value, or {count}")
-            )
+            hint = f"model={model.name} has {count} scales at {model.resolution}: one value, or {count}"
+            errors.append(ConfigError(f"model.sampling.{key} has {len(value)} values", hint))
+    numbers = sampling.per_scale(count)
+    wrong = {
+        "cfg": (not all(map(math.isfinite, numbers["cfg"])), "guidance is a number; 1 is off"),
+        "tau": (
+            not all(math.isfinite(tau) and tau > 0 for tau in numbers["tau"]),
+            "logits are divided by it: above 0; top_k=1 is greedy",
+        ),
+        "top_k": (sampling.top_k < 0, "0 is off, 1 is greedy"),
+        "top_p": (not 0 <= sampling.top_p <= 1, "0 is off, else the share of probability that is kept, up to 1"),
+        "guide_layers": (
+            not sampling.guide_layers or not all(-depth <= layer <= 0 for layer in sampling.guide_layers),
+            f"0 guides the logits, -1 to -{depth} the output of that layer from the end; model.sampling.cfg=1 is off",
+        ),
+    }
+    for key, (bad, hint) in wrong.items():
+        if bad:
+            errors.append(ConfigError(f"model.sampling.{key} is {show(getattr(sampling, key))}", hint))
 
 
 def untrained(model: ModelConfig) -> ConfigError | None:

@@ -128,7 +128,8 @@ class ModelConfig:
     def identity(self) -> dict[str, Any]:
         """What of the model can change an image; the digest of its weights is added by whoever opens them.
 
-        The aspect ratio is in the sizes, the preset in the values it stands for.
+        The aspect ratio is in the sizes, the preset in the values it stands for. A parameter that is null is left out,
+        so that a new one changes no run that does not use it.
         """
         return {
             "name": self.name,
@@ -140,7 +141,7 @@ class ModelConfig:
             "sizes": self.sizes,
             "sampling": asdict(self.sampling),
             "dtype": self.dtype,
-            "params": self.params,
+            "params": {key: value for key, value in self.params.items() if value is not None},
             **({"forced_resolution": True} if self.untrained else {}),
         }
 

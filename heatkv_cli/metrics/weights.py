@@ -13,7 +13,6 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from heatkv_cli.errors import ArtifactError, SetupError
-from heatkv_cli.results import sha256_file
+from heatkv_cli.results import hub_snapshot, sha256_known
 
 FOLDER = "HEATKV_WEIGHTS_DIR"
 
@@ -61,7 +60,7 @@ def find_weights(file: WeightsFile, given: str | None = None) -> Path:
         if path.is_file():
             return path
         raise SetupError(f"weights missing: {path} does not exist", f"{file.name} comes from {file.source}")
-    folder = os.environ.get(FOLDER)
+    folder = os.path.expanduser(os.environ.get(FOLDER, ""))
     if folder and (Path(folder) / file.name).is_file():
         return Path(folder) / file.name
     for cached in (Path(torch.hub.get_dir()) / "checkpoints" / file.name, _in_hub_cache(file)):
@@ -74,20 +73,12 @@ def find_weights(file: WeightsFile, given: str | None = None) -> Path:
 
 
 def _in_hub_cache(file: WeightsFile) -> Path | None:
-    if not file.repository:
-        return None
-    try:
-        from huggingface_hub import try_to_load_from_cache  # comes with open_clip and transformers
-    except ImportError:
-        return None
-    found = try_to_load_from_cache(file.repository, file.remote or file.name)
-    return Path(found) if isinstance(found, str) else None
+    return hub_snapshot(file.repository) / (file.remote or file.name) if file.repository else None
 
 
 def weights_sha256(path: Path) -> str:
     """Digest of a weights file; each version of a file is read once."""
-    found = path.stat()
-    return _digest(path, found.st_size, found.st_mtime_ns)
+    return sha256_known(path)
 
 
 def check_name(path: Path) -> str:
@@ -101,11 +92,6 @@ def check_name(path: Path) -> str:
     if len(promised) != 8 or found.startswith(promised):
         return ""
     return f"{path} has sha256 {found[:8]}..., its name says {promised}: fetch it again"
-
-
-@lru_cache(maxsize=64)
-def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    return sha256_file(path)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

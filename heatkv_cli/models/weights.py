@@ -1,24 +1,22 @@
 """Model files on disk: where they may be, finding and verifying them. Nothing is ever downloaded here.
 
 One rule: the folder that was named (`--weights`, else HEATKV_WEIGHTS_DIR), directly or below the model's name; then the
-cache of huggingface_hub, whose layout is read without the package and without the network.
+cache of huggingface_hub.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
 from heatkv_cli.errors import ArtifactError, SetupError
-from heatkv_cli.results import sha256_file
+from heatkv_cli.results import hub_snapshot, sha256_file, sha256_known
 
 READ = (".bin", ".json", ".model", ".pt", ".pth", ".safetensors", ".txt")
 SIZE_TOLERANCE = 0.01
@@ -81,16 +79,6 @@ class WeightFile:
 # ---------------------------------------------------------------------------------------------------------- finding
 
 
-def hub_cache() -> Path:
-    """Folder of the hub's cache, by the environment variables of huggingface_hub."""
-    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if os.environ.get(variable):
-            return Path(os.path.expanduser(os.environ[variable]))
-    general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("HF_HOME") or f"{general}/huggingface"
-    return Path(os.path.expanduser(home)) / "hub"
-
-
 def places(model: str, file: WeightFile, folder: Path | None) -> Iterator[Path]:
     """Every path where a file may be, first choice first.
 
@@ -102,16 +90,7 @@ def places(model: str, file: WeightFile, folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         yield from (folder / file.name, folder / model / file.name)
     if file.hub:
-        yield _snapshot(file) / file.inside
-
-
-def _snapshot(file: WeightFile) -> Path:
-    """Folder of a repository's files in the hub's cache; the name of the revision where its commit is not known."""
-    repository = hub_cache() / f"models--{file.repository.replace('/', '--')}"
-    revision = file.revision or "main"
-    reference = repository / "refs" / revision
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    return repository / "snapshots" / commit
+        yield hub_snapshot(file.repository, file.revision) / file.inside
 
 
 def lacking(file: WeightFile, path: Path) -> list[str]:
@@ -162,19 +141,12 @@ def missing(model: str, file: WeightFile, where: list[Path], package: bool = Fal
 # -------------------------------------------------------------------------------------------------------- verifying
 
 
-def sha256_path(path: Path) -> str:
+def sha256_path(path: Path, of_file: Callable[[Path], str] = sha256_known) -> str:
     """Digest of a file, or of a folder: of the names and digests of the files in it that a loader may read."""
     if not path.is_dir():
-        found = path.stat()
-        return _digest(path, found.st_size, found.st_mtime_ns)
+        return of_file(path)
     parts = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in READ)
-    return hashlib.sha256("\n".join(f"{f.name} {sha256_path(f)}" for f in parts).encode()).hexdigest()
-
-
-@lru_cache(maxsize=256)
-def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    """Every run of a sweep asks for the same files: each is read once, unless it changes."""
-    return sha256_file(path)
+    return hashlib.sha256("\n".join(f"{f.name} {of_file(f)}" for f in parts).encode()).hexdigest()
 
 
 def damage(file: WeightFile, path: Path, deep: bool = False) -> str:
@@ -192,7 +164,7 @@ def damage(file: WeightFile, path: Path, deep: bool = False) -> str:
     size = sum(one.stat().st_size for one in files)
     if file.bytes and abs(size - file.bytes) > SIZE_TOLERANCE * file.bytes:
         return f"{size} bytes, {file.bytes} expected"
-    if deep and file.sha256 and sha256_path(path) != file.sha256:
+    if deep and file.sha256 and sha256_path(path, sha256_file) != file.sha256:
         return "sha256 differs"
     return ""
 

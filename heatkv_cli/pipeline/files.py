@@ -17,7 +17,8 @@ from heatkv_cli.benchmarks.base import DATA, Benchmark, OnHub
 from heatkv_cli.config import RunConfig, build_leaf
 from heatkv_cli.console import Console, size_text
 from heatkv_cli.errors import ConfigError, SetupError
-from heatkv_cli.models.weights import WeightFile, asset, damage, hub_cache, lacking, places
+from heatkv_cli.models.weights import WeightFile, asset, damage, lacking, places
+from heatkv_cli.results import hub_cache
 
 PRESENT, MISSING, CORRUPT = "present", "missing", "corrupt"
 INSTALL = "pip install 'heatkv[hub]'"

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.policy import Policy, View
+from heatkv_cli.core.policy import Keep, Policy, View, Visit
 from heatkv_cli.core.pool import KVPool
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.models.base import Sampling, Sketch
@@ -52,7 +52,7 @@ class LooksAtKeysError(Exception):
 
 
 def rehearse(geometry: Geometry, policy: Policy) -> CacheBytes:
-    """Run all visits of a generation with one query a visit and keys of width 1; the ledger is the ledger's own.
+    """Run all visits of a generation with queries and keys of width 1; the ledger is the ledger's own.
 
     Raises:
         LooksAtKeysError: the policy asks for keys or attention.
@@ -61,14 +61,14 @@ def rehearse(geometry: Geometry, policy: Policy) -> CacheBytes:
     for count in geometry.schedule.lengths:
         tokens = torch.zeros(1, geometry.num_heads, count, 1, dtype=cache.pool.k.dtype)
         for layer in range(geometry.num_layers):
-            cache.attend(layer, tokens[:, :, :1], tokens, tokens, 1.0)
+            cache.attend(layer, tokens, tokens, tokens, 1.0)
         cache.end_scale()
     ledger = cache.ledger
     return CacheBytes(ledger.alloc_bytes, ledger.work_peak, ledger.meta_peak)
 
 
 class _Rehearsal(KVCache):
-    """A cache whose tokens are one number wide, asked for one query: slots, tables and ledger are real."""
+    """A cache whose tokens are one number wide: slots, tables and ledger are real, attention is that of one query."""
 
     def __init__(self, geometry: Geometry, policy: Policy):
         dtype = _DTYPES[geometry.dtype_bytes]
@@ -76,8 +76,8 @@ class _Rehearsal(KVCache):
         self.geometry = replace(geometry, head_dim=1)
         self.pool = KVPool(policy.capacity, 1, 1, dtype)  # the ledger has been told the size of the real one
 
-    def _check(self, layer: int, *tensors: Tensor) -> None:
-        """Queries are fewer than keys."""
+    def _attend(self, visit: Visit, before: Keep | None) -> Tensor:
+        return super()._attend(replace(visit, q=visit.q[:, :, :1]), before)
 
     def view(self, layer: int, heads: Tensor | None = None) -> View:
         raise LooksAtKeysError

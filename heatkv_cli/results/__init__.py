@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from heatkv_cli.results.files import ensure_writable, locked, sha256_file, write_file
 from heatkv_cli.results.folder import RunFolder
+from heatkv_cli.results.large_files import hub_cache, hub_snapshot, sha256_known
 from heatkv_cli.results.meta import environment, finish_meta, read_meta, utc_now, write_meta
 from heatkv_cli.results.tables import (
     MANIFEST_COLUMNS,
@@ -29,10 +30,13 @@ __all__ = [
     "ensure_writable",
     "environment",
     "finish_meta",
+    "hub_cache",
+    "hub_snapshot",
     "locked",
     "read_csv",
     "read_meta",
     "sha256_file",
+    "sha256_known",
     "upsert_results",
     "utc_now",
     "write_file",

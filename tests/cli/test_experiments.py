@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections import defaultdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,31 @@ def test_the_experiment_is_what_the_issue_asks_for() -> None:
     assert {run.budget for run in plan.runs} == {"1", "0.5", "0.3", "0.2", "0.1", "0.04"}
     assert len(plan.runs) == 1 + 11 * 5
     assert all(run.limit is None and {m.name for m in run.metrics} == {"kl", "psnr", "shapes"} for run in plan.runs)
+
+
+def test_the_papers_tables_are_their_protocols() -> None:
+    heatkv = compose(["experiment=heatkv-table1"], command="eval", options={}, dry_run=True)
+    exact = {f"{cap}/6425" for cap in (1300, 650, 265)}
+    budgets = {run.budget and Fraction(run.budget) for run in heatkv.runs if run.method.name == "heatkv"}
+    assert budgets == {Fraction(text) for text in {"0.2", "0.1", "0.04"} | exact}
+    assert len(heatkv.runs) == 1 + len(budgets)
+    for one in heatkv.runs:
+        assert (one.benchmark.name, one.limit, one.seed, one.seed_mode) == ("coco2017", None, 0, "paper")
+        assert [metric.name for metric in one.metrics] == ["psnr", "lpips", "fid"]
+        assert (one.model.sampling.cfg, one.model.sampling.tau, one.runtime.device) == (3, 1, "cuda")
+    hack = compose(["experiment=hack-table1"], command="eval", options={}, dry_run=True)
+    methods = {"full", "streaming", "h2o", "snapkv", "cake", "lookm", "meda", "hack"}
+    pairs = {(run.benchmark.name, run.method.name) for run in hack.runs}
+    assert pairs == {(b, m) for b in ("geneval", "hpsv2", "image-reward", "mjhq30k") for m in methods}
+    for one in hack.runs:
+        assert (one.rho, one.limit) == (None if one.method.name == "full" else 0.7, None)
+        assert (one.model.sampling.cfg, one.model.sampling.tau) == (4, 1)
+
+
+def test_a_dry_run_names_what_is_swept(capsys: Capture, tmp_path: Path) -> None:
+    sweep = ["benchmark=shapes,shapes-calibration-a", "method=full,snapkv", "budget=0.1"]
+    assert run(["eval", *sweep, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for benchmark in ("shapes", "shapes-calibration-a"):
+        assert sum(line.startswith(f"{benchmark} ") for line in lines) == 2
+    assert not (tmp_path / "out").exists()

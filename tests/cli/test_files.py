@@ -18,8 +18,9 @@ from heatkv_cli.cli import run
 from heatkv_cli.config import compose
 from heatkv_cli.errors import ArtifactError, SetupError
 from heatkv_cli.models import weights
-from heatkv_cli.models.weights import WeightFile, damage, find_file, hub_cache, places
+from heatkv_cli.models.weights import WeightFile, damage, find_file, places
 from heatkv_cli.pipeline import files, setup
+from heatkv_cli.results import hub_cache, large_files
 
 Capture = pytest.CaptureFixture[str]
 FLAT = WeightFile("transformer", "net.pth", hub="owner/repo/net.pth")
@@ -33,7 +34,7 @@ def no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     yield
-    weights._digest.cache_clear()
+    large_files._digest.cache_clear()
 
 
 def cached(repository: str, path: str, content: bytes = b"\x80x", revision: str = "main") -> Path:

@@ -83,7 +83,7 @@ def test_what_is_not_official_is_refused_by_name() -> None:
         with pytest.raises(ConfigError, match=r"ratio 0\.6 ") as error:
             call()
         assert "1.333" in error.value.hint
-        assert "nearest_ratio" in error.value.hint
+        assert "the nearest is 0.571" in error.value.hint
     for bad in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ConfigError, match="no picture"):
             nearest_ratio(bad)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from heatkv_cli.config import RunConfig, build, compose
+from heatkv_cli.config import RunConfig, build, choices, compose
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.ledger import Ledger
 from heatkv_cli.core.orders import random_orders
@@ -152,10 +153,17 @@ def test_what_grows_is_linear_in_the_batch() -> None:
         assert second - first == plan.transient(2) - plan.transient(1)
 
 
-def test_policies_that_look_at_keys_are_not_rehearsed() -> None:
+@pytest.mark.parametrize(
+    "look",
+    [lambda visit: visit.view(), lambda visit: visit.keys(), lambda visit: visit.column_mass(),
+     lambda visit: visit.attention(torch.tensor([visit.k.shape[2] - 1]))],
+    ids=["view", "keys", "all queries", "the last query"],
+)  # fmt: skip
+def test_policies_that_look_at_keys_are_not_rehearsed(look: Callable[[Visit], object]) -> None:
     class Looks(Policy):
         def after_attend(self, visit: Visit) -> tuple[Keep, ...]:
-            visit.view()
+            if visit.scale == 1:
+                look(visit)
             return ()
 
     geometry = Geometry("small", 2, 2, 8, ScaleSchedule.squares((1, 2, 3)), 1)
@@ -163,6 +171,17 @@ def test_policies_that_look_at_keys_are_not_rehearsed() -> None:
         rehearse(geometry, Looks(geometry.full_tokens))
     full = rehearse(geometry, Policy(geometry.full_tokens))
     assert full.alloc == geometry.full_bytes(1)
+
+
+@pytest.mark.parametrize("name", choices("method"))
+def test_every_method_has_a_plan(name: str) -> None:
+    """A bound for methods that look at keys or attention: their pool is never larger than planned."""
+    overrides = ["model=tiny", f"method={name}", *([] if name == "full" else ["budget=0.2"])]
+    cfg, plan = config(*overrides), plan_of(*overrides)
+    if setup.method_of(cfg.method).calibrated:  # without a calibration at hand there is only the budget's own bound
+        assert 0 < plan.kv(1) <= 2 * plan.full * 0.2
+    else:
+        assert plan.kv(1) == generated(cfg, tiny(), 1).alloc_bytes
 
 
 # ------------------------------------------------------------------------------------------------------ what is said

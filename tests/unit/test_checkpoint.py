@@ -149,6 +149,19 @@ def test_averaged_weights_only_when_asked_for(tmp_path: Path) -> None:
         load(flat(tmp_path, official("A")), vae, ema=True)
 
 
+def test_checkpoints_of_ones_own_are_settings(tmp_path: Path) -> None:
+    """Averaged weights and upstream's other level embedding can be typed, and are other runs then."""
+    released = compose(["model=infinity-2b"]).first.model
+    assert "ema" not in released.identity()["params"]
+    for key in ("ema", "level_embed_per_chunk"):
+        assert released.params[key] is None
+        own = compose(["model=infinity-2b", f"model.params.{key}=true"]).first.model
+        assert own.identity() != released.identity() and own.identity()["params"][key] is True
+    vae, net = wrapped(tmp_path, pixels("A")), flat(tmp_path, official("A"))
+    assert load(net, vae).transformer.config.level_embed_once
+    assert not load(net, vae, level_embed_per_chunk=True).transformer.config.level_embed_once
+
+
 def test_the_unconditional_text_gets_the_models_length(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tensors, vae = official("A"), wrapped(tmp_path, pixels("A"))
     short = load(flat(tmp_path, tensors), vae, text_length=20).transformer.cfg_uncond

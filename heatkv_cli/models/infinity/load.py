@@ -136,7 +136,8 @@ def load_official(
     tokenizer: dict[str, Any],
     t5_dtype: Precision = "float16",
     positive_prompt: bool = False,
-    ema: bool = False,
+    ema: bool | None = None,
+    level_embed_per_chunk: bool | None = None,
 ) -> InfinityModel:
     """An official checkpoint, or one trained with the official code.
 
@@ -152,6 +153,7 @@ def load_official(
         t5_dtype: precision of the text encoder, see `T5Encoder`.
         positive_prompt: prompts that speak of persons ask for good faces, see `positive_text`.
         ema: take the averaged weights of a training checkpoint.
+        level_embed_per_chunk: see `level_embed_once` of `InfinityConfig`.
 
     Raises:
         SetupError: a file, a shard or a package is missing.
@@ -159,7 +161,14 @@ def load_official(
     """
     shape, codes = shape_of(tokenizer)
     config = InfinityConfig(
-        geometry.num_layers, width, geometry.num_heads, block_chunks, codes, text_channels, text_length
+        geometry.num_layers,
+        width,
+        geometry.num_heads,
+        block_chunks,
+        codes,
+        text_channels,
+        text_length,
+        level_embed_once=not level_embed_per_chunk,
     )
     if config.head_dim != geometry.head_dim:
         raise ConfigError(

@@ -60,8 +60,10 @@ def rope_table(head_dim: int, sizes: tuple[Size, ...], base: Size, mode: int = 2
     Raises:
         ValueError: head_dim is not a multiple of 4, or the mode is unknown.
     """
-    if head_dim % 4 or mode not in (0, 1, 2):
-        raise ValueError(f"rope: head_dim {head_dim} must be a multiple of 4 and mode {mode} one of 0, 1, 2")
+    if head_dim % 4:
+        raise ValueError(f"rope: head_dim is {head_dim}, rotary positions need a multiple of 4")
+    if mode not in (0, 1, 2):
+        raise ValueError(f"rope: rope_mode is {mode}, it must be one of 0, 1, 2")
     parts = [_scale_table(head_dim, size, base, mode) for size in sizes]
     return torch.stack([torch.cat([p[i].flatten(0, 1) for p in parts]) for i in (0, 1)])
 

@@ -55,7 +55,7 @@ def _maps(ratio: float) -> tuple[Size, ...]:
         known = ", ".join(f"{r:g}" for r in RATIOS)
         raise ConfigError(
             f"Infinity has no token maps for the ratio {ratio!r} (height / width)",
-            f"the nearest is {nearest_ratio(ratio):g}; one of: {known}; `nearest_ratio` finds the one for any picture",
+            f"the nearest is {nearest_ratio(ratio):g}; one of: {known}",
         )
     return _SIZES[ratio]
 

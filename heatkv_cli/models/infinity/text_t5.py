@@ -99,6 +99,7 @@ class T5Encoder:
         if self._loaded is not None:
             return
         hub: Any = importlib.import_module("transformers")
+        hub.utils.logging.disable_progress_bar()  # it knows nothing of --quiet
         try:
             words = hub.AutoTokenizer.from_pretrained(self.folder, legacy=True, local_files_only=True)
             net, info = hub.T5EncoderModel.from_pretrained(

@@ -60,7 +60,7 @@ class InfinityConfig:
             if getattr(self, part) < 1 or getattr(self, whole) % getattr(self, part):
                 raise ConfigError(
                     f"Infinity: {whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}",
-                    f"change model.params.{part}, or the text channels",
+                    "change model.num_layers, model.num_heads or model.params",
                 )
         if self.hidden == 0:
             raise ConfigError(f"Infinity: width {self.width} gives no FFN", "use a width above 32")
