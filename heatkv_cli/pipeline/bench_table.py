@@ -2,6 +2,9 @@
 
 A stage whose name has a slash is a part of the stage before the slash; stages without one sum to `pass`. `pass` is the
 generation of a batch from text features to latents, `total` is that and the decoding to pixels.
+
+Machines are not equally fast all the time, and the FFN is the same work in every run: `per_ffn` is time over the FFN's
+in the same pass, so that a slow minute does not count for or against a method.
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ COLUMNS = (
 
 UNITS = {"seconds": "s", "bytes": "B", "flops": "FLOP"}
 """By the last word of a measure; the others are fractions."""
+
+YARDSTICK = "ffn"
+"""The largest stage that no method changes."""
 
 Key = tuple[str, str, str]
 """Scale, stage, measure."""
@@ -75,6 +81,8 @@ class Pass:
                     found[where, part, "seconds"] += seconds
         found[ALL, "decode", "seconds"] = self.decode_seconds
         found[ALL, "total", "seconds"] = found[ALL, "pass", "seconds"] + self.decode_seconds
+        if ffn := found.get((ALL, YARDSTICK, "seconds")):
+            found |= {(ALL, name, "per_ffn"): found[ALL, name, "seconds"] / ffn for name in ("attention", "pass")}
         found[ALL, "pass", "cpu_seconds"] = self.cpu_seconds
         found[ALL, "pass", "profiling_seconds"] = self.profiling_seconds
         for scale, flops in enumerate(self.attention_flops):
@@ -175,8 +183,9 @@ def summary(jobs: Sequence[Job], passes: Passes) -> list[dict[str, Any]]:
     """The headline of every run.
 
     `attention_ratio` and `flop_ratio` are self-attention's time (reading the cache included) and its FLOPs over those
-    of the full cache; `quotient` is the first over the second: 1 where saved work is saved time. `pool_share` and
-    `policy_share` are parts of the pass.
+    of the full cache; `quotient` is the first over the second, 1 where saved work is saved time. `*_by_ffn` are in
+    units of the time of the FFN, None for models without that stage. `pool_share` and `policy_share` are parts of
+    the pass.
     """
     found = []
     for job in jobs:
@@ -189,6 +198,7 @@ def summary(jobs: Sequence[Job], passes: Passes) -> list[dict[str, Any]]:
         total, attention, flops, whole = at("total"), at("attention"), at("attention", "flops"), at("pass")
         assert total and attention and flops and whole  # every pass has them
         shares = {n: (each[key].median / whole.median if (key := (ALL, n, "seconds")) in each else 0.0) for n in SHARES}
+        steady, pace = at("attention", "per_ffn"), at("pass", "per_ffn")
         added, peak = at("pass", "process_added_bytes"), at("pass", "process_peak_bytes")
         found.append(
             {
@@ -199,7 +209,9 @@ def summary(jobs: Sequence[Job], passes: Passes) -> list[dict[str, Any]]:
                 "ratio_to_full": total.ratio,
                 "attention_ratio": attention.ratio,
                 "flop_ratio": flops.ratio,
-                "quotient": attention.ratio / flops.ratio if attention.ratio and flops.ratio else None,
+                "quotient": _over(attention, flops),
+                "pass_ratio_by_ffn": None if pace is None else pace.ratio,
+                "quotient_by_ffn": None if steady is None else _over(steady, flops),
                 **{f"{name.replace('/', '_')}_share": share for name, share in shares.items()},
                 **{name: each[ALL, "pass", name].median for name in ("beta_alloc", "beta_live", "beta_work")},
                 "added_bytes": None if added is None else added.median,
@@ -207,6 +219,11 @@ def summary(jobs: Sequence[Job], passes: Passes) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _over(time: Number, work: Number) -> float | None:
+    """Quotient of two ratios to the full cache."""
+    return time.ratio / work.ratio if time.ratio and work.ratio else None
 
 
 SHARES = ("attention", "attention/read", "pool", "policy")
@@ -219,12 +236,13 @@ def shown(jobs: Sequence[Job], passes: Passes) -> list[tuple[str, list[str], lis
         f"{cfg.model.name} at {cfg.model.resolution}, {cfg.model.dtype}, batch {cfg.runtime.batch_size}, "
         f"{machine['device_name']}, {machine['threads']} threads, median of {cfg.repeats}"
     )
-    columns = ["method", "budget", "s/image", "of full", "self-attention", "FLOPs", "quotient"]
+    columns = ["method", "budget", "s/image", "of full", "by ffn", "self-attention", "FLOPs", "quotient", "by ffn"]
     columns += ["read", "pool", "policy", "beta_alloc", "beta_live", "beta_work", "added MiB", "peak MiB"]
     rows = [
         [
-            item["method"], item["budget"], f"{item['seconds_per_image']:.3g}", _cell(item["ratio_to_full"]),
-            _cell(item["attention_ratio"]), _cell(item["flop_ratio"]), _cell(item["quotient"]),
+            item["method"], item["budget"], f"{item['seconds_per_image']:.3g}",
+            *(_cell(item[name]) for name in ("ratio_to_full", "pass_ratio_by_ffn", "attention_ratio", "flop_ratio")),
+            *(_cell(item[name]) for name in ("quotient", "quotient_by_ffn")),
             *(f"{item[name]:.1%}" for name in ("attention_read_share", "pool_share", "policy_share")),
             *(f"{item[name]:.4f}" for name in ("beta_alloc", "beta_live", "beta_work")),
             _mebibytes(item["added_bytes"]), _mebibytes(item["peak_bytes"]),

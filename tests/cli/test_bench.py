@@ -7,6 +7,7 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from heatkv_cli.cli import run
 from heatkv_cli.config import compose
 from heatkv_cli.pipeline import bench, bench_table, setup
+from heatkv_cli.pipeline.bench_table import Pass, numbers
+from heatkv_cli.pipeline.process_memory import Memory
 
 Capture = pytest.CaptureFixture[str]
 Row = dict[str, str]
@@ -136,6 +139,28 @@ def test_flops_of_full_are_the_closed_form(rows: list[Row]) -> None:
         assert flops["full", "1"][str(t), "attention"] == expected
         assert all(flops[run_][str(t), "attention"] <= expected for run_ in RUNS)
     assert flops["full", "1"]["all", "attention"] == sum(flops["full", "1"][str(t), "attention"] for t in range(8))
+
+
+def test_a_slow_minute_drops_out(rows: list[Row], document: dict[str, Any]) -> None:
+    """In units of the FFN's time a pass that takes twice as long throughout is the same."""
+    jobs = [SimpleNamespace(run_id=name) for name in ("full", "mine")]
+    once = {(0, "attention"): 2.0, (0, "ffn"): 4.0, (1, "ffn"): 4.0, (None, "other"): 1.0}
+    half = {**once, (0, "attention"): 1.0}
+    passes = {"full": [made(once), made(once)], "mine": [made(half), made({k: 2 * v for k, v in half.items()})]}
+    found = numbers(jobs[1], jobs[0], passes)  # type: ignore[arg-type]
+    assert found["all", "attention", "seconds"].ratio == (0.5 + 1) / 2
+    assert found["all", "attention", "per_ffn"].ratio == 0.5
+    assert found["all", "pass", "per_ffn"].ratio == pytest.approx(10 / 11)
+    seconds, per_ffn = table(rows, "seconds"), table(rows, "per_ffn", "ratio_to_full")
+    for item in document["runs"]:
+        key = item["method"], item["budget"]
+        assert item["quotient_by_ffn"] == pytest.approx(per_ffn[key]["all", "attention"] / item["flop_ratio"])
+        assert item["pass_ratio_by_ffn"] == per_ffn[key]["all", "pass"] > 0
+        assert seconds[key]["all", "ffn"] > 0
+
+
+def made(seconds: dict[Any, float]) -> Pass:
+    return Pass(seconds, 0.0, 0.0, 0.0, (), {}, 0, Memory(), Memory())
 
 
 def test_bytes_are_those_of_eval(rows: list[Row], out: Path, capsys: Capture) -> None:
