@@ -7,7 +7,7 @@ scratch) is not in it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from heatkv_cli.config import ModelConfig, RunConfig, build, config_hash
@@ -112,6 +112,8 @@ def byte_plan(cfg: RunConfig) -> BytePlan | None:
     guided = setup.sampling_of(cfg.model).guided
     cache, exact = _cache(cfg, geometry)
     model = _footprint(_Shape(cfg.model, cfg.runtime.device == "cpu"))
+    if cfg.random_weights:  # text features are drawn too
+        model = replace(model, encoder=0)
     return BytePlan(model, cache, geometry.full_bytes(1), 2 if guided else 1, exact)
 
 

@@ -130,6 +130,12 @@ def test_the_text_encoders_bytes(precision: str) -> None:
 # ------------------------------------------------------------------------------------------------- counting by itself
 
 
+def test_random_weights_come_without_a_text_encoder() -> None:
+    drawn, read = (plan_of("model=infinity-2b", "resolution=0.06M", *more) for more in (["weights=random"], []))
+    assert drawn.phases(1)["text"] == drawn.weights == read.weights
+    assert read.phases(1)["text"] == read.weights + read.model.encoder > read.weights
+
+
 def test_live_bytes_follow_every_storage() -> None:
     known = torch.empty(100, device="meta")
     with LiveBytes([known]) as memory:
