@@ -144,14 +144,15 @@ def _gathered(x: Tensor, heads: Sequence[int]) -> Tensor:
 def _joined(history: Tensor, current: Tensor, heads: Sequence[int], spare: int) -> Tensor:
     """History (B, G, n, D), the heads' share of the current scale (B, H, N, D) and `spare` zeros, copied once."""
     every = len(heads) == current.shape[1]
-    zeros = history.new_zeros(*history.shape[:2], spare, history.shape[3])
-    if not spare and not current.shape[2]:
-        return history
-    if not spare and not history.shape[2]:
-        return current if every else _gathered(current, heads)
-    if every:
-        return torch.cat((history, current, zeros), 2)
-    pieces = [piece for i, head in enumerate(heads) for piece in (history[:, i], current[:, head], zeros[:, i])]
+    if not spare:
+        if not current.shape[2]:
+            return history
+        if not history.shape[2]:
+            return current if every else _gathered(current, heads)
+        if every:
+            return torch.cat((history, current), 2)
+    end = [history.new_zeros(len(history), spare, history.shape[-1])] if spare else []
+    pieces = [piece for i, head in enumerate(heads) for piece in (history[:, i], current[:, head], *end)]
     return torch.cat(pieces, 1).view(len(history), len(heads), -1, history.shape[-1])
 
 

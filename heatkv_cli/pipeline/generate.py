@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from heatkv_cli.benchmarks.base import PromptItem
 from heatkv_cli.benchmarks.trees import LAYOUTS, Layout, Picture
 from heatkv_cli.config import Plan, RunConfig, config_hash, raise_all
 from heatkv_cli.console import Console
@@ -103,18 +104,14 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
     reports = []
     models = Models()
     jobs, infeasible = prepare_all(plan.runs, ui)
-    for job in jobs:
-        if job.layout:
-            prompts, samples = setup.prompts_of(job.cfg.benchmark)
-            job.layout.check(prompts.items, samples)
-    for job in jobs:
+    lists = [_checked_list(job) for job in jobs]
+    for job, prompts in zip(jobs, lists, strict=True):
         run_pass(job, FREE, models, ui)
         report = {"run_id": job.run_id, "path": str((job.folder / FREE).absolute()), "images": job.shown}
         ui.wrote(job.folder / FREE)
         if job.layout:
-            prompts, _ = setup.prompts_of(job.cfg.benchmark)
             tree = job.folder / job.cfg.benchmark.name
-            job.layout.write(_pictures(job), prompts.items, tree)
+            job.layout.write(_pictures(job), prompts, tree)
             report["tree"] = str(tree.absolute())
             ui.wrote(tree)
         reports.append(report)
@@ -123,6 +120,15 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
         "status": "partial" if infeasible else "done", **reports[0], "runs": reports,
         "infeasible": [point.report for point in infeasible],
     }  # fmt: skip
+
+
+def _checked_list(job: Job) -> Sequence[PromptItem]:
+    """The whole list of a benchmark with a tree of its own, which must fit into it; else nothing."""
+    if job.layout is None:
+        return ()
+    prompts, samples = setup.prompts_of(job.cfg.benchmark)
+    job.layout.check(prompts.items, samples)
+    return prompts.items
 
 
 def _pictures(job: Job) -> list[Picture]:

@@ -71,7 +71,8 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
     files = scan(sources.images)
     paired = [metric for metric in metrics.values() if metric.kind == "paired"]
     others = _others(files, sources) if paired else {}
-    items, pairs = items_of(files, {}, prompts), items_of(files, others, prompts)
+    items = items_of(files, {}, prompts)
+    pairs = items_of(files, others, prompts) if others else items
     unseen = _unseen(files, prompts)
     unpaired = [image_id for image_id in others if image_id not in files]
     write_meta(folder, config_hash=digest, config=identity, run_id=run_id)
