@@ -46,10 +46,10 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Iterable[Group], 
     parts: list[Tensor | None] = [None] * every
 
     def attend(group: Group) -> tuple[Sequence[int], Tensor]:
-        queries = q if len(group.heads) == every else _gathered(q, group.heads)
+        queries = of_heads(q, group.heads)
         count = group.k.shape[2] + k.shape[2]
         spare = kernel_keys(q, count) - count
-        keys, values = (_joined(*pair, group.heads, spare) for pair in ((group.k, k), (group.v, v)))
+        keys, values = (joined(*pair, group.heads, spare) for pair in ((group.k, k), (group.v, v)))
         mask = _last_hidden(queries, count, spare) if spare else None
         return group.heads, F.scaled_dot_product_attention(queries, keys, values, mask, scale=softmax_scale)
 
@@ -135,21 +135,20 @@ def _packed(history: Tensor, current: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([piece for pair in pairs for piece in pair], 1)
 
 
-def _gathered(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """Heads of (B, H, N, D). Views, stacked: several times faster than an index, and no wait for a device."""
-    return torch.stack([x[:, head] for head in heads], 1)
+def of_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Some heads of (B, H, N, D). Views, stacked: several times faster than an index, and no wait for a device."""
+    return x if len(heads) == x.shape[1] else torch.stack([x[:, head] for head in heads], 1)
 
 
 @staged("/join")
-def _joined(history: Tensor, current: Tensor, heads: Sequence[int], spare: int) -> Tensor:
+def joined(history: Tensor, current: Tensor, heads: Sequence[int], spare: int = 0) -> Tensor:
     """History (B, G, n, D), the heads' share of the current scale (B, H, N, D) and `spare` zeros, copied once."""
-    every = len(heads) == current.shape[1]
     if not spare:
         if not current.shape[2]:
             return history
         if not history.shape[2]:
-            return current if every else _gathered(current, heads)
-        if every:
+            return of_heads(current, heads)
+        if len(heads) == current.shape[1]:
             return torch.cat((history, current), 2)
     end = [history.new_zeros(len(history), spare, history.shape[-1])] if spare else []
     pieces = [piece for i, head in enumerate(heads) for piece in (history[:, i], current[:, head], *end)]
@@ -194,6 +193,25 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
     return dense
 
 
+def aligned(history: Tensor, current: Tensor, lengths: Sequence[int], width: int) -> Tensor:
+    """Heads of unequal length beside each other: (B, H, width + N, D), zeros between a short history and the rest.
+
+    Args:
+        history: (B, sum of lengths, D), head after head.
+        current: (B, H, N, D), of the same heads.
+        lengths: tokens of each head's history; at most `width`.
+        width: where the current tokens begin.
+    """
+    if not width:
+        return current
+    if min(lengths) == width:
+        return joined(history.view(len(history), len(lengths), width, -1), current, range(len(lengths)))
+    columns = torch.arange(width + current.shape[2])
+    dense = spread(history, (columns < torch.tensor(lengths)[:, None]).unsqueeze(0))
+    dense[:, :, width:] = current
+    return dense
+
+
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_scale: float) -> Tensor:
     """The oracle: dense attention with -inf where a key is not kept; float32 inside.
 
@@ -211,16 +229,13 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, softmax_sca
     return (weights @ v.float()).to(q.dtype)
 
 
-def probability_chunks(
-    q: Tensor, k: Tensor, softmax_scale: float, valid: Tensor | None = None
-) -> Iterator[tuple[slice, Tensor]]:
+def probability_chunks(q: Tensor, k: Tensor, softmax_scale: float) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the attention matrix, some queries at a time.
 
     Args:
         q: (B, H, Q, D).
-        k: (B, H, N, D), padded where heads differ.
+        k: (B, H, N, D).
         softmax_scale: factor of q k^T.
-        valid: bool (B or 1, H, N) or None when all keys are real.
 
     Yields:
         The queries' slice and their probabilities over the keys, float32 (B, H, q, N).
@@ -228,7 +243,7 @@ def probability_chunks(
     queries, step, keys = q.shape[2], chunk_queries(k), k.float()
     for start in range(0, queries, step):
         part = slice(start, min(start + step, queries))
-        yield part, probabilities(q[:, :, part], keys, softmax_scale, valid)
+        yield part, probabilities(q[:, :, part], keys, softmax_scale)
 
 
 def chunk_queries(k: Tensor) -> int:
@@ -237,20 +252,17 @@ def chunk_queries(k: Tensor) -> int:
     return max(1, CHUNK_ELEMENTS // (rows * heads * tokens))
 
 
-def probabilities(q: Tensor, k: Tensor, softmax_scale: float, valid: Tensor | None = None) -> Tensor:
+def probabilities(q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
     """Attention of q over k, shapes as in `probability_chunks`; float32 (B, H, Q, N), and twice that while it works."""
-    logits = (q.float() @ k.float().transpose(-1, -2)).mul_(softmax_scale)
-    if valid is not None:
-        logits.masked_fill_(~valid.to(q.device).unsqueeze(2), -torch.inf)
-    return logits.softmax(-1)
+    return (q.float() @ k.float().transpose(-1, -2)).mul_(softmax_scale).softmax(-1)
 
 
-def column_mass(q: Tensor, k: Tensor, softmax_scale: float, valid: Tensor | None = None) -> Tensor:
+def column_mass(q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
     """Attention that each key receives, summed over the queries: exact, in float32.
 
-    Shapes as in `probability_chunks`; returns (B, H, N), 0 where a key is padding.
+    Shapes as in `probability_chunks`; returns (B, H, N).
     """
     total = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
-    for _, weights in probability_chunks(q, k, softmax_scale, valid):
+    for _, weights in probability_chunks(q, k, softmax_scale):
         total += weights.sum(2)
     return total

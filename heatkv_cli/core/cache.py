@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from heatkv_cli.core.attention import (
     Group,
+    aligned,
     grouped_attention,
     grouped_tokens,
+    joined,
     kernel_keys,
     masked_attention,
+    of_heads,
     packed,
     packed_groups,
     spread,
@@ -173,25 +175,36 @@ class KVCache:
             self._placed = table, self.scale, torch.cat((padded, current), 2)
         return self._placed[2]
 
-    def keys(self, layer: int) -> Tensor:
-        """Keys of [cache, current], (B, H, N, D), heads padded with zeros to equal length; not to be written to."""
-        table, visit = self.tables[layer], self._visiting(layer)
-        joined = self._joined(table, max(table.lengths), self.pool.k, None if visit is None else visit.k)
-        self.charge(joined.nbytes + len(table.slots) * self.pool.slot_bytes // 2)
-        return joined
+    def keys(self, layer: int, heads: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """Keys of [cache, current] of some heads, those with equally many together; not to be written to.
+
+        Yields:
+            Indices into `heads`, and keys (B, G, n, D).
+        """
+        visit = self._visiting(layer)
+        assert visit is not None  # other layers have no queries to look with
+        for group, slots in self.tables[layer].of(heads).groups():
+            stored = self.pool.k.index_select(1, slots.to(self.pool.k.device, non_blocking=True))
+            history = stored.view(self.rows, len(group), len(slots) // len(group), stored.shape[2])
+            keys = joined(history, visit.k, [heads[i] for i in group])
+            self.charge(history.nbytes + keys.nbytes)
+            del stored, history
+            yield group, keys
 
     def view(self, layer: int, heads: Tensor | None = None) -> View:
         """Keys and values of [cache, current], heads padded to equal length; not to be written to."""
-        table, visit, positions = self.tables[layer], self._visiting(layer), self.positions(layer)
-        width = max(table.lengths)
-        current: Sequence[Tensor] = () if visit is None else (visit.k, visit.v)
+        visit, table, positions = self._visiting(layer), self.tables[layer], self.positions(layer)
+        every, width = range(self.geometry.num_heads), max(table.lengths)
+        chosen = every if heads is None else heads.tolist()
         if heads is not None:
-            table, positions = table.of(heads.tolist()), positions[:, heads]
-            current = [x.index_select(1, heads.to(x.device)) for x in current]
-        k, v = (self._joined(table, width, *each) for each in zip_longest((self.pool.k, self.pool.v), current))
-        view = View(k, v, positions)
-        self._working(view.tokens + len(table.slots))
-        return view
+            table, positions = table.of(chosen), positions[:, heads]
+        nothing = self.pool.k[:, None, :0].expand(-1, len(every), -1, -1)
+        current = (nothing, nothing) if visit is None else (visit.k, visit.v)
+        slots = table.slots.to(self.pool.k.device, non_blocking=True)
+        sources = zip((self.pool.k, self.pool.v), current, strict=True)
+        k, v = (aligned(x.index_select(1, slots), of_heads(y, chosen), table.lengths, width) for x, y in sources)
+        self._working(positions.shape[1] * positions.shape[2] + len(slots))
+        return View(k, v, positions)
 
     def charge(self, nbytes: int) -> None:
         """Book bytes that are alive beside the pool and the current scale."""
@@ -200,21 +213,6 @@ class KVCache:
     def _visiting(self, layer: int) -> Visit | None:
         """The visit in progress, where it is this layer's."""
         return self._visit if self._visit is not None and self._visit.layer == layer else None
-
-    def _joined(self, table: LayerTable, width: int, stored: Tensor, current: Tensor | None) -> Tensor:
-        """Keys or values of a table, padded to `width`, and the current scale's behind them."""
-        count = 0 if current is None else current.shape[2]
-        if not width and current is not None:
-            return current
-        history = stored.index_select(1, table.slots.to(stored.device))
-        if min(table.lengths) == width:
-            history = history.view(self.rows, len(table.lengths), width, stored.shape[2])
-            return history if current is None else torch.cat((history, current), 2)
-        joined = stored.new_zeros(self.rows, len(table.lengths), width + count, stored.shape[2])
-        joined[:, table.occupied(width + count).to(stored.device)] = history
-        if current is not None:
-            joined[:, :, width:] = current
-        return joined
 
     def _current_positions(self) -> Tensor:
         offsets = self.geometry.schedule.offsets

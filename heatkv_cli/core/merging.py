@@ -21,6 +21,7 @@ from torch import Tensor
 
 from heatkv_cli.core.attention import CHUNK_ELEMENTS
 
+_LEAST = 1e-12  # length of a key; a zero key is as near to all
 RULES = ("pivot", "average", "weighted", "similarity")
 
 
@@ -72,9 +73,9 @@ def merge_dropped(k: Tensor, v: Tensor, kept: Tensor, valid: Tensor, rule: str) 
 
 def _packed(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Columns of the chosen tokens, ascending, (B, H, most), and which of them are real: shorter heads are padded."""
-    most = int(mask.sum(-1).max())
-    columns = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
-    return columns, mask.gather(-1, columns)
+    counts, chosen = mask.sum(-1, keepdim=True), mask.nonzero()[:, 2]
+    real = torch.arange(int(counts.max()), device=mask.device) < counts
+    return torch.zeros(real.shape, dtype=torch.int64, device=mask.device).masked_scatter_(real, chosen), real
 
 
 def _rows_of(columns: Tensor, shape: torch.Size) -> Tensor:
@@ -91,9 +92,11 @@ def _take(x: Tensor, rows: Tensor) -> Tensor:
 def _nearest(k: Tensor, sources: Tensor, pivots: Tensor, is_pivot: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine (B, H, E) with the nearest kept key, and which one, long in 0..C-1; ties go to the earlier token."""
     units = F.normalize(_take(k, pivots).float(), dim=-1).transpose(-1, -2)
-    found = [_best(F.normalize(part.float(), dim=-1) @ units, is_pivot) for part in _parts(_take(k, sources), units)]
+    dropped = _take(k, sources).float()
+    found = [_best(part @ units, is_pivot) for part in _parts(dropped, units)]
     best, index = (torch.cat(each, 2) for each in zip(*found, strict=True))
-    return best, index
+    # its own length does not change which one is nearest to a dropped key
+    return best / torch.linalg.vector_norm(dropped, dim=-1).clamp(min=_LEAST), index
 
 
 def _parts(keys: Tensor, units: Tensor) -> Iterator[Tensor]:

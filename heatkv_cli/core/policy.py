@@ -6,14 +6,15 @@ one generation: it sees each visit and answers with what to keep. It never touch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from heatkv_cli.core.artifacts import Orders, Schedule
-from heatkv_cli.core.attention import chunk_queries, column_mass, probabilities
+from heatkv_cli.core.attention import chunk_queries, column_mass, of_heads, probabilities
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.scales import Geometry
@@ -49,8 +50,8 @@ class Candidates(Protocol):
         """Stored tokens of a layer, for the visiting layer followed by the current scale; of some heads or all."""
         ...
 
-    def keys(self, layer: int) -> Tensor:
-        """The view's keys, float (B, H, N, D): values are not read."""
+    def keys(self, layer: int, heads: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """Keys of some heads, those with equally many together: indices into `heads`, (B, G, n, D); no padding."""
         ...
 
     def positions(self, layer: int) -> Tensor:
@@ -90,60 +91,78 @@ class Visit:
         """
         return self.cache.view(self.layer, heads)
 
-    def keys(self) -> Tensor:
-        """Keys of [cache, current], (B, H, N, D), copied together; padding is 0."""
-        return self.cache.keys(self.layer)
-
     def positions(self) -> Tensor:
         """int32 (B or 1, H, N) of [cache, current]; see `View`."""
         return self.cache.positions(self.layer)
 
-    def attention(self, queries: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Attention probabilities of a few observed queries over [cache, current]; float32 (rows, H, n, N).
+    def attention(self, queries: Tensor) -> Tensor:
+        """Attention probabilities of a few observed queries over [cache, current]; float32 (B, H, n, N).
 
         n N D multiplications per head and two buffers of the result's size; padding gets 0.
 
         Args:
             queries: long (n,), indices of the current scale's queries; few (n <= 64).
-            rows: batch rows.
         """
-        q, keys, valid = self._observed(queries, rows)
-        found = probabilities(q, keys, self.softmax_scale, valid)
-        self._charge_scores(q, keys, 2 * found.nbytes)
-        return found
 
-    def column_mass(
-        self, queries: Tensor | None = None, rows: slice = slice(None), heads: Tensor | None = None
-    ) -> Tensor:
-        """Attention received by each token of [cache, current], summed over queries; float32 (rows, heads, N).
+        def look(q: Tensor, keys: Tensor) -> Tensor:
+            found = probabilities(q, keys, self.softmax_scale)
+            self._charge_scores(q, keys, 2 * found.nbytes)
+            return found
 
-        Exact, in chunks of queries: the attention matrix is never whole.
+        return self.by_column(self._of(queries), look)
+
+    def column_mass(self, queries: Tensor | None = None, heads: Tensor | None = None) -> Tensor:
+        """Attention received by each token of [cache, current], summed over queries; float32 (B, heads, N).
+
+        Exact, in chunks of queries: the attention matrix is never whole. Padding gets -inf, the lowest of all scores.
 
         Args:
             queries: long (n,), indices of the current scale's queries; None is all of them.
-            rows: batch rows.
             heads: long, of which; None is all of them.
         """
-        q, keys, valid = self._observed(queries, rows)
-        if heads is not None and len(heads) < q.shape[1]:
-            q, keys = (x.index_select(1, heads.to(x.device)) for x in (q, keys))
-            valid = valid if valid is None else valid[:, heads]
-        mass = column_mass(q, keys, self.softmax_scale, valid)
-        held = min(chunk_queries(keys), q.shape[2])  # of two chunks, while the one before is let go
-        self._charge_scores(q, keys, (3 * held + 1) * mass.nbytes)
-        return mass
+
+        def look(q: Tensor, keys: Tensor) -> Tensor:
+            mass = column_mass(q, keys, self.softmax_scale)
+            held = min(chunk_queries(keys), q.shape[2])  # of two chunks, while the one before is let go
+            self._charge_scores(q, keys, (3 * held + 1) * mass.nbytes)
+            return mass
+
+        return self.by_column(self._of(queries), look, heads, -torch.inf)
+
+    def by_column(
+        self, q: Tensor, look: Callable[[Tensor, Tensor], Tensor], heads: Tensor | None = None, padding: float = 0.0
+    ) -> Tensor:
+        """What some queries make of the keys of [cache, current]; of heads that differ in length, none is padded.
+
+        Args:
+            q: (B, H, n, D).
+            look: from queries and keys of some heads, (B, G, n, D) and (B, G, M, D), to a number per key, (..., M).
+            heads: long, of which; None is all of them.
+            padding: what columns get in which a head has no token.
+
+        Returns:
+            (..., N) over the columns.
+        """
+        chosen = list(range(q.shape[1])) if heads is None else heads.tolist()
+        columns, current, found = self.positions().shape[2], self.k.shape[2], None
+        for group, keys in self.cache.keys(self.layer, chosen):
+            part = look(of_heads(q, [chosen[i] for i in group]), keys)
+            if part.shape[1] == len(chosen) and part.shape[-1] == columns:
+                return part
+            if found is None:
+                found = part.new_full((len(part), len(chosen), *part.shape[2:-1], columns), padding)
+            stored = part.shape[-1] - current
+            found[:, group, ..., :stored] = part[..., :stored]
+            found[:, group, ..., columns - current :] = part[..., stored:]
+        assert found is not None  # a layer has heads
+        return found
 
     def charge(self, nbytes: int) -> None:
         """Book score buffers of `nbytes` that are alive beside the current scale; they go into beta_work."""
         self.cache.charge(nbytes)
 
-    def _observed(self, queries: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries and keys of some rows, and which keys are real where heads are padded."""
-        q = self.q[rows] if queries is None else self.q[rows][:, :, queries.to(self.q.device)]
-        valid = self.positions() >= 0
-        if bool(valid.all()):
-            return q, self.keys()[rows], None
-        return q, self.keys()[rows], valid if len(valid) == 1 else valid[rows]
+    def _of(self, queries: Tensor | None) -> Tensor:
+        return self.q if queries is None else self.q.index_select(2, queries.to(self.q.device))
 
     def _charge_scores(self, q: Tensor, keys: Tensor, scores: int) -> None:
         """Book copies of queries and keys, float32 versions of those in another format, positions, and scores."""

@@ -43,7 +43,7 @@ def grid_queries(size: tuple[int, int], count: int) -> Tensor:
     """
     height, width = size
     count = min(count, height * width)
-    rows = min(height, max(math.ceil(count / width), round(math.sqrt(count * height / width))))
+    rows = min(height, count, max(math.ceil(count / width), round(math.sqrt(count * height / width))))
     ends = [i * count // rows for i in range(rows + 1)]
     picked = []
     for i in range(rows):
@@ -152,8 +152,10 @@ def top_mask(scores: Tensor, counts: int | Tensor, always: Tensor | None = None)
         scores = scores.masked_fill(always.to(scores.device), torch.inf)
     counts = torch.as_tensor(counts).expand(scores.shape[1])
     last = _nth_highest(scores, counts.clamp(1, scores.shape[2]))
-    above, level = scores > last, scores == last
-    counts = counts.to(scores.device)[:, None]
+    chosen, counts = scores >= last, counts.to(scores.device)[:, None]
+    if bool((chosen.sum(2, keepdim=True) == counts).all()):
+        return chosen
+    above, level = scores > last, scores == last  # equal scores, of which the first ones win
     return above | (level & (level.cumsum(2) <= counts - above.sum(2, keepdim=True)))
 
 
@@ -190,7 +192,7 @@ def recent_mask(visit: Visit, count: int, recent: Recent = "raster") -> Tensor:
 
 def kept_state(state: Tensor, mask: Tensor) -> Tensor:
     """A per-token state (B, H, N) after a keep of equally many tokens in all heads: (B, H, n), same order."""
-    return state[mask.expand_as(state)].view(*state.shape[:2], -1)
+    return state.masked_select(mask).view(*state.shape[:2], -1)
 
 
 # ------------------------------------------------------------------------------------------------- windows and caps

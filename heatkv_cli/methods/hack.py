@@ -192,10 +192,11 @@ class _Hack(Selecting):
         visit.charge(SCORE_BYTES * len(visit.k) * positions.shape[1] * positions.shape[2])
         scores = visit.column_mass(self._queries(visit), heads=heads)
         scores = share_rows(scores, visit.cond) if self._method.share_cfg else scores
-        scores.masked_fill_((positions[:, heads] < 0).to(scores.device), -torch.inf)
         scores, always = self._structural(visit, scores, positions, heads)
-        chosen, everything = top_mask(scores, caps[heads], always), (positions >= 0).to(scores.device)
-        mask = everything.expand(len(chosen), -1, -1).index_copy(1, heads.to(scores.device), chosen)
+        mask = top_mask(scores, caps[heads], always)
+        if len(heads) < len(caps):
+            everything = (positions >= 0).expand(len(mask), -1, -1).to(mask.device)
+            mask = everything.index_copy(1, heads.to(mask.device), mask)
         merged = heads[~self._spatial[visit.layer, heads]]
         if visit.scale == self._last and self._method.merge and self._method.patterns and len(merged):
             return _merged(visit, mask, merged)

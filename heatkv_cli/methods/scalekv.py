@@ -230,10 +230,14 @@ class _ScaleKV(Selecting):
             )
         queries = self._window.queries(visit)
         own = self._window.columns(visit, queries)
-        raw, keys = visit.raw_query(), visit.keys()
-        visit.charge(raw.nbytes + 2 * keys.nbytes + SCORE_BYTES * keys[..., 0].numel())
+        raw = visit.raw_query()
         total = raw[:, :, queries.to(raw.device)].float().sum(2, keepdim=True)  # of the logits, since they are linear
-        scores = (total @ keys.float().transpose(-1, -2)).squeeze(2) * raw.shape[-1] ** -0.5
+
+        def look(q: Tensor, keys: Tensor) -> Tensor:
+            visit.charge(raw.nbytes + 2 * keys.nbytes + SCORE_BYTES * keys[..., 0].numel())
+            return (q @ keys.float().transpose(-1, -2)).squeeze(2).mul_(raw.shape[-1] ** -0.5)
+
+        scores = visit.by_column(total, look)
         scores = share_rows(scores, visit.cond) if self._window.share_cfg else scores
         schedule = visit.geometry.schedule
         scores = pool_segments(

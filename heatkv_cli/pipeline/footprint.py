@@ -8,7 +8,7 @@ after the next change as well. The model's attention is skipped: its kernels hol
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -82,7 +82,7 @@ class _Rehearsal(KVCache):
     def view(self, layer: int, heads: Tensor | None = None) -> View:
         raise LooksAtKeysError
 
-    def keys(self, layer: int) -> NoReturn:
+    def keys(self, layer: int, heads: Sequence[int]) -> NoReturn:
         raise LooksAtKeysError
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from itertools import pairwise
 
 import pytest
@@ -179,41 +178,23 @@ def test_the_last_scale_may_be_selected_but_is_not_stored(backend: str) -> None:
 # ------------------------------------------------------------------------------------------------------- statistics
 
 
-def ragged(seed: int) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
-    """Queries, padded keys, validity, and the real columns of each head."""
-    dice = random.Random(seed)
-    columns = [sorted(dice.sample(range(9), dice.randint(1, 9))) for _ in range(H)]
-    valid = torch.zeros(1, H, 9, dtype=torch.bool)
-    for h, real in enumerate(columns):
-        valid[0, h, real] = True
-    return randn(B, H, Q, D, seed=seed), randn(B, H, 9, D, seed=seed + 1), valid, columns
-
-
 @pytest.mark.parametrize("chunk", [1, B * H * 9, 2 * B * H * 9 + 1, 1 << 22])
 @pytest.mark.parametrize("seed", range(3))
 def test_probabilities_in_chunks(seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers whatever fits in memory at once, down to a single query."""
     monkeypatch.setattr(attention, "CHUNK_ELEMENTS", chunk)
-    q, k, valid, columns = ragged(seed)
+    q, k = randn(B, H, Q, D, seed=seed), randn(B, H, 9, D, seed=seed + 1)
     expected = torch.zeros(B, H, Q, 9, dtype=torch.float64)
     for b in range(B):
         for h in range(H):
             for i in range(Q):
-                expected[b, h, i, columns[h]] = weights(q[b, h, i], k[b, h, columns[h]])
-    parts = list(probability_chunks(q, k, SCALE, valid))
+                expected[b, h, i] = weights(q[b, h, i], k[b, h])
+    parts = list(probability_chunks(q, k, SCALE))
     assert [part.start for part, _ in parts[1:]] == [part.stop for part, _ in parts[:-1]]
     assert (parts[0][0].start, parts[-1][0].stop) == (0, Q)
     step = max(1, chunk // (B * H * 9))
     assert all(p.shape[2] <= step and p.dtype == torch.float32 for _, p in parts)
     torch.testing.assert_close(torch.cat([p for _, p in parts], 2).double(), expected, atol=1e-6, rtol=1e-5)
-    mass = column_mass(q, k, SCALE, valid)
+    mass = column_mass(q, k, SCALE)
     torch.testing.assert_close(mass.double(), expected.sum(2), atol=1e-5, rtol=1e-5)
-    assert bool((mass[~valid.expand(B, -1, -1)] == 0).all())
     torch.testing.assert_close(mass.sum(-1), torch.full((B, H), float(Q)), atol=1e-5, rtol=1e-5)
-
-
-def test_all_keys_are_real_unless_said() -> None:
-    q, k, _, _ = ragged(0)
-    torch.testing.assert_close(
-        column_mass(q, k, SCALE), column_mass(q, k, SCALE, torch.ones(1, H, 9).bool()), atol=0, rtol=0
-    )

@@ -7,12 +7,12 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.policy import Keep, Policy, Visit
+from heatkv_cli.core.policy import Keep, Policy, View, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.core.selection import (
     grid_queries,
@@ -29,6 +29,7 @@ SCHEDULE = ScaleSchedule.squares((1, 2, 3, 4))
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 80))
+@example(23, 1, 3)  # fewer tokens than rows of a square grid
 def test_grids_are_as_many_as_asked_and_spread(height: int, width: int, count: int) -> None:
     found = grid_queries((height, width), count).tolist()
     assert found == sorted(set(found))
@@ -148,19 +149,21 @@ class Watching(Policy):
 
     def after_attend(self, visit: Visit) -> list[Keep]:
         view, positions = visit.view(), visit.positions()
-        assert torch.equal(visit.keys(), view.k)
         valid = (positions >= 0).expand(len(visit.q), -1, -1)
         assert not view.k[~valid].any()
         logits = (visit.q @ view.k.transpose(2, 3) * visit.softmax_scale).masked_fill(~valid.unsqueeze(2), -math.inf)
         weights = logits.softmax(-1)
         queries = torch.tensor([0, visit.q.shape[2] - 1])
-        rows = slice(1, 3)
         torch.testing.assert_close(visit.attention(queries), weights[:, :, queries])
-        torch.testing.assert_close(visit.attention(queries, rows), weights[rows][:, :, queries])
-        torch.testing.assert_close(visit.column_mass(), weights.sum(2))
-        torch.testing.assert_close(visit.column_mass(queries, rows), weights[rows][:, :, queries].sum(2))
-        self.seen += bool((positions < 0).any())
+        mass = weights.sum(2).masked_fill(~valid, -math.inf)
+        observed = weights[:, :, queries].sum(2).masked_fill(~valid, -math.inf)
+        torch.testing.assert_close(visit.column_mass(), mass)
+        torch.testing.assert_close(visit.column_mass(queries), observed)
         columns, heads = positions.shape[2], positions.shape[1]
+        for some in torch.arange(heads).split(2):
+            torch.testing.assert_close(visit.column_mass(queries, some), observed[:, some])
+        self._check_keys(visit, view, valid)
+        self.seen += bool((positions < 0).any())
         mask = torch.zeros(len(visit.q), heads, columns, dtype=torch.bool)
         for row in range(len(visit.q)):
             for head in range(heads):
@@ -168,6 +171,18 @@ class Watching(Policy):
                 mask[row, head, there[row % 2 :: head + 2][: max(1, len(there) // (head + 2))]] = True
         fewest = mask.sum(-1).amin(0)
         return [Keep(visit.layer, mask=mask & (mask.cumsum(-1) <= fewest[:, None]))]
+
+    def _check_keys(self, visit: Visit, view: View, valid: Tensor) -> None:
+        """Groups hold every head asked for once, and its real tokens in order."""
+        asked = list(range(visit.q.shape[1]))[1:]
+        seen = []
+        for group, keys in visit.cache.keys(visit.layer, asked):
+            for place, index in enumerate(group):
+                head = asked[index]
+                seen.append(head)
+                for row in range(len(keys)):
+                    assert torch.equal(keys[row, place], view.k[row, head][valid[row, head]])
+        assert sorted(seen) == asked
 
 
 def test_observations_are_attention() -> None:
