@@ -207,7 +207,10 @@ def _stage(
             from heatkv_cli.doctor import preview
 
             document = preview(plan, console)
-            outcome.code = SetupError.exit_code if document["missing"] else 0
+            if document["missing"]:
+                outcome.code = SetupError.exit_code
+            elif document["infeasible"]:
+                outcome.code = PartialResultError.exit_code
             console.result(document)
         else:
             ensure_writable(plan.first.out)

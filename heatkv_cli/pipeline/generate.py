@@ -92,6 +92,10 @@ class Infeasible:
         """What --json says of it."""
         return {"method": self.cfg.method.name, "budget": self.cfg.budget_label, "reason": self.error.message}
 
+    def tell(self, ui: Console) -> None:
+        """Say that it is left out, and why."""
+        ui.warn(f"left out: {self.error.message}")
+
 
 def run(plan: Plan, ui: Console) -> dict[str, Any]:
     """Make the images of every run of the plan; in a sweep, budgets that a method cannot meet are left out.
@@ -167,7 +171,7 @@ def prepare_all(configs: Sequence[RunConfig], ui: Console) -> tuple[list[Job], l
     if not jobs:
         raise_all([point.error for point in infeasible])
     for point in infeasible:
-        ui.warn(f"left out: {point.error.message}")
+        point.tell(ui)
     return jobs, infeasible
 
 
