@@ -152,7 +152,7 @@ def _metrics(run: RunConfig) -> Iterator[Check]:
         config = compose([f"metric={name}"], command="doctor").first.metrics[0]
         what = f"metric {name}"
         try:
-            metric = setup.metric_of(config, setup.device_of(run))
+            metric = setup.metric_of(config, run)
             check = getattr(metric, "self_check", None)
             wrong = check() if check else ""
         except SetupError as error:

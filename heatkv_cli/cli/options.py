@@ -52,7 +52,9 @@ Budget = Annotated[Optional[str], typer.Option("--budget", help="budget=FRACTION
 Weights = Annotated[
     Optional[str],
     typer.Option(
-        "--weights", help="Folder with model files (else HEATKV_WEIGHTS_DIR, the hub's cache).", metavar="DIR"
+        "--weights",
+        help="Folder with files of models and metrics (else HEATKV_WEIGHTS_DIR, the hub's cache).",
+        metavar="DIR",
     ),
 ]
 Benchmark = Annotated[

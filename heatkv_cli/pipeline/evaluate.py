@@ -115,7 +115,7 @@ def _announce(jobs: list[tuple[Job, Job]], ui: Console) -> None:
 
 
 def _metrics(cfg: RunConfig) -> dict[str, Metric]:
-    return {config.name: setup.metric_of(config, setup.device_of(cfg)) for config in cfg.metrics}
+    return {config.name: setup.metric_of(config, cfg) for config in cfg.metrics}
 
 
 def _against_full(metric: Metric) -> bool:

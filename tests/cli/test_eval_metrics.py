@@ -76,3 +76,19 @@ def test_doctor_has_a_line_for_every_metric(tmp_path: Path, capsys: Capture, no_
     missing = lines["metric lpips"]
     assert missing["ok"] is None, "what a download would bring is missing, not wrong"
     assert "alexnet-owt-7be5be79.pth" in missing["found"] and "HEATKV_WEIGHTS_DIR" in missing["found"]
+
+
+def test_the_folder_of_weights_is_the_metrics_too(tmp_path: Path, capsys: Capture, no_weights: None) -> None:
+    (tmp_path / "weights").mkdir()
+    damaged = tmp_path / "weights" / "alexnet-owt-7be5be79.pth"
+    damaged.write_bytes(b"no weights at all")
+    options = ["--weights", str(damaged.parent), "--out", str(tmp_path / "out")]
+    report = call(capsys, "doctor", *options, code=3)
+    (line,) = [check for check in report["checks"] if check["what"] == "metric lpips"]
+    assert line["ok"] is False and str(damaged) in line["found"]
+    report = call(
+        capsys, "eval", "method=sinks", "metric=lpips", "runtime.batch_size=1", "runtime.threads=1", "--limit", "1",
+        "contact_sheet=0", *options, code=6,
+    )  # fmt: skip
+    (item,) = report["incomplete"]
+    assert item["status"] == "failed" and str(damaged) in item["reason"]
