@@ -77,7 +77,9 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
     failed = [check for check in checks if check.ok is False]
     for check in failed:
         ui.error(HeatKVError(f"{check.what}: {check.found}", check.fix))
-    ui.say(f"{len(failed)} of {len(checks)} checks failed" if failed else "everything is in place")
+    optional = sum(check.ok is None for check in checks)
+    summary = f"{len(failed)} of {len(checks)} checks failed" if failed else "everything needed is in place"
+    ui.say(f"{summary}; {optional} things that are optional (-) are not there" if optional else summary)
     return {
         "status": "failed" if failed else "done",
         "model": first.model.name,

@@ -61,7 +61,10 @@ Benchmark = Annotated[
     Optional[str],
     typer.Option("--benchmark", help="benchmark=NAME: the prompts", autocompletion=complete("benchmark")),
 ]
-Limit = Annotated[Optional[str], typer.Option("--limit", help="First prompts only; all for every prompt.", metavar="N")]
+Limit = Annotated[
+    Optional[str],
+    typer.Option("--limit", help="First N prompts only (64 unless told); all for every prompt.", metavar="N"),
+]
 Shard = Annotated[Optional[str], typer.Option("--shard", help="Share the work: this is process I of N.", metavar="I/N")]
 Orders = Annotated[
     Optional[str], typer.Option("--orders", help="Removal orders in the upstream file format.", metavar="FILE")

@@ -39,7 +39,7 @@ def score(
     Examples:
       heatkv score --images theirs --reference full metric=psnr,ssim,lpips
       heatkv score --images theirs --prompts prompts.txt metric=clip_score
-      heatkv score --images theirs metric=fid metric.fid.reference=mjhq30k
+      heatkv score --images theirs metric=fid metric.fid.reference=photos            # a folder
 
     Image is compared with image by name (psnr, ssim, lpips), set with set whatever names and number (fid, ...). Images
     may lie in folders (GenEval's tree). Writes OUT/score/results.csv, one row per number, and prints a table.
