@@ -17,11 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from heatkv_cli.config import Plan, RunConfig, choices, compose, config_hash
+from heatkv_cli.config import Plan, RunConfig, choices, compose, config_hash, raise_all
 from heatkv_cli.console import Console, size_text
-from heatkv_cli.errors import HeatKVError, SetupError
+from heatkv_cli.errors import BudgetError, HeatKVError, SetupError
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.byte_plan import BATCHES, BytePlan, byte_plan
+from heatkv_cli.pipeline.generate import Infeasible
 from heatkv_cli.results import environment
 
 NEEDED = {
@@ -49,6 +50,9 @@ OPTIONAL = {
 
 LOW_DISK = 2 * 2**30
 
+GO_ON = ("generate", "eval")
+"""Commands that leave out the points of a sweep that cannot exist; the others end there."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -73,7 +77,9 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
     failed = [check for check in checks if check.ok is False]
     for check in failed:
         ui.error(HeatKVError(f"{check.what}: {check.found}", check.fix))
-    ui.say(f"{len(failed)} of {len(checks)} checks failed" if failed else "everything is in place")
+    optional = sum(check.ok is None for check in checks)
+    summary = f"{len(failed)} of {len(checks)} checks failed" if failed else "everything needed is in place"
+    ui.say(f"{summary}; {optional} things that are optional (-) are not there" if optional else summary)
     return {
         "status": "failed" if failed else "done",
         "model": first.model.name,
@@ -148,7 +154,7 @@ def _metrics(run: RunConfig) -> Iterator[Check]:
         config = compose([f"metric={name}"], command="doctor").first.metrics[0]
         what = f"metric {name}"
         try:
-            metric = setup.metric_of(config, setup.device_of(run))
+            metric = setup.metric_of(config, run)
             check = getattr(metric, "self_check", None)
             wrong = check() if check else ""
         except SetupError as error:
@@ -174,7 +180,11 @@ def preview(plan: Plan, ui: Console) -> dict[str, Any]:
     """Show what a plan would do and whether everything for it is there; nothing is written.
 
     Returns:
-        The resolved config of every run, sizes in bytes, and under `missing` what is not there, each with its fix.
+        The resolved config of every run that can exist, sizes in bytes; under `missing` what is not there, each with
+        its fix, and under `infeasible` the points of a sweep that are left out.
+
+    Raises:
+        BudgetError: a method cannot meet its budget, where the command itself would end with that too.
     """
     first = plan.first
     needed = [
@@ -188,17 +198,27 @@ def preview(plan: Plan, ui: Console) -> dict[str, Any]:
         ]
     missing = [check for check in checks if check.ok is False]
     plans = [None] * len(plan.runs) if plan.command == "calibrate" else _byte_plans(plan)
+    infeasible = [found for found in plans if isinstance(found, Infeasible)]
+    if not missing and (len(infeasible) == len(plans) or plan.command not in GO_ON):
+        raise_all([point.error for point in infeasible])
     _show_runs(plan, plans, ui)
     for key, value in sorted(_flat(first.plain())):
         ui.detail(f"  {key}: {value}")
     ui.say("with -v also the resolved config; nothing was written" if not ui.as_json else "nothing was written")
+    for point in infeasible:
+        point.tell(ui)
     for check in missing:
         ui.error(HeatKVError(f"{check.what}: {check.found}", check.fix))
     return {
         "status": "planned",
         "command": plan.command_line,
-        "runs": [_planned(run, bytes_) for run, bytes_ in zip(plan.runs, plans, strict=True)],
+        "runs": [
+            _planned(run, found)
+            for run, found in zip(plan.runs, plans, strict=True)
+            if not isinstance(found, Infeasible)
+        ],
         "missing": [asdict(check) for check in missing],
+        "infeasible": [point.report for point in infeasible],
     }
 
 
@@ -207,15 +227,18 @@ def _first_of(plan: Plan, group: str) -> list[RunConfig]:
     return list({getattr(run, group).name: run for run in reversed(plan.runs)}.values())[::-1]
 
 
-def _byte_plans(plan: Plan) -> list[BytePlan | None]:
-    """A plan for each run; runs that differ in nothing but prompts share one."""
-    found: dict[str, BytePlan | None] = {}
+def _byte_plans(plan: Plan) -> list[BytePlan | Infeasible | None]:
+    """A plan for each run, or why it cannot exist; runs that differ in nothing but prompts share one."""
+    found: dict[str, BytePlan | Infeasible | None] = {}
     keys = []
     for run in plan.runs:
         parts = {"model": run.model.identity(), "method": run.method.identity(), "runtime": run.runtime.identity()}
         keys.append(config_hash({**parts, "budget": run.budget, "rho": run.rho}))
         if keys[-1] not in found:
-            found[keys[-1]] = byte_plan(run)
+            try:
+                found[keys[-1]] = byte_plan(run)
+            except BudgetError as error:
+                found[keys[-1]] = Infeasible(run, error)
     return [found[key] for key in keys]
 
 
@@ -233,7 +256,7 @@ def _batches(run: RunConfig) -> tuple[int, ...]:
     return tuple(sorted({*BATCHES, run.runtime.batch_size}))
 
 
-def _show_runs(plan: Plan, plans: Sequence[BytePlan | None], ui: Console) -> None:
+def _show_runs(plan: Plan, plans: Sequence[BytePlan | Infeasible | None], ui: Console) -> None:
     if plan.command == "calibrate":  # with the full cache, whatever method the runs will have
         rows = [[run.model.name, run.calibration_prompts.name, size_text(kv_bytes(run)[0])] for run in plan.runs]
         ui.table(("model", "prompts", "KV full"), rows, title=_headline(plan))
@@ -242,16 +265,20 @@ def _show_runs(plan: Plan, plans: Sequence[BytePlan | None], ui: Console) -> Non
     swept = [group for group in ("model", "benchmark") if len(_first_of(plan, group)) > 1]
     columns = [*swept, "method", "parameters", "budget", "prompts", "KV kept", "KV full", "peak"]
     rows = []
-    for run, bytes_ in zip(plan.runs, plans, strict=True):
+    for run, found in zip(plan.runs, plans, strict=True):
         full, kept = kv_bytes(run)
         params = ", ".join(f"{key}={value}" for key, value in run.method.params.items())
         images = "all" if run.limit is None else str(run.limit)
-        peak = "-" if bytes_ is None else size_text(bytes_.total(run.runtime.batch_size))
         row = [getattr(run, group).name for group in swept]
-        row += [run.method.name, params, run.budget or f"rho={run.rho}", images, size_text(kept), size_text(full), peak]
-        rows.append(row + ([] if memory is None or bytes_ is None else [str(bytes_.largest_batch(memory))]))
+        row += [run.method.name, params, run.budget or f"rho={run.rho}", images]
+        row += ["infeasible" if isinstance(found, Infeasible) else size_text(kept), size_text(full)]
+        if isinstance(found, BytePlan):
+            batch = [] if memory is None else [str(found.largest_batch(memory))]
+            rows.append([*row, size_text(found.total(run.runtime.batch_size)), *batch])
+        else:
+            rows.append([*row, "-", *([] if memory is None else ["-"])])
     ui.table(columns + ([] if memory is None else ["largest batch"]), rows, title=_headline(plan))
-    shown = [(run, bytes_) for run, bytes_ in zip(plan.runs, plans, strict=True) if bytes_ is not None]
+    shown = [(run, found) for run, found in zip(plan.runs, plans, strict=True) if isinstance(found, BytePlan)]
     if shown:
         _show_bytes(*next((pair for pair in shown if not pair[0].method.budgetless), shown[0]), ui)
 

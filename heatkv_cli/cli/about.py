@@ -52,7 +52,7 @@ def doctor(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check the installation; every failing check prints its fix.
+    """Check the installation; what fails prints its fix.
 
     \b
     Examples:

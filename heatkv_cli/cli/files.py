@@ -29,7 +29,9 @@ def models(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show model files: size, licence, where to get them; present, missing or corrupt.
+    """Show model files: present, missing or corrupt.
+
+    Also size, licence and where to get them.
 
     \b
     Examples:
@@ -66,7 +68,9 @@ def download(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fetch the files of a model, or the prompts of a benchmark, from the hub, and nothing else.
+    """Fetch a model's files or a benchmark's prompts.
+
+    From the hub, and nothing else.
 
     \b
     Examples:

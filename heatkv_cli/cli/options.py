@@ -52,14 +52,19 @@ Budget = Annotated[Optional[str], typer.Option("--budget", help="budget=FRACTION
 Weights = Annotated[
     Optional[str],
     typer.Option(
-        "--weights", help="Folder with model files (else HEATKV_WEIGHTS_DIR, the hub's cache).", metavar="DIR"
+        "--weights",
+        help="Folder with files of models and metrics (else HEATKV_WEIGHTS_DIR, the hub's cache).",
+        metavar="DIR",
     ),
 ]
 Benchmark = Annotated[
     Optional[str],
     typer.Option("--benchmark", help="benchmark=NAME: the prompts", autocompletion=complete("benchmark")),
 ]
-Limit = Annotated[Optional[str], typer.Option("--limit", help="First prompts only; all for every prompt.", metavar="N")]
+Limit = Annotated[
+    Optional[str],
+    typer.Option("--limit", help="First N prompts only (64 unless told); all for every prompt.", metavar="N"),
+]
 Shard = Annotated[Optional[str], typer.Option("--shard", help="Share the work: this is process I of N.", metavar="I/N")]
 Orders = Annotated[
     Optional[str], typer.Option("--orders", help="Removal orders in the upstream file format.", metavar="FILE")

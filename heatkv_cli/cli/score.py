@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from heatkv_cli.cli.app import app
-from heatkv_cli.cli.options import Debug, Json, Out, Overrides, Quiet, Verbose
+from heatkv_cli.cli.options import Debug, Json, Out, Overrides, Quiet, Verbose, Weights
 from heatkv_cli.errors import PartialResultError
 
 
@@ -26,6 +26,7 @@ def score(
         Optional[Path],
         typer.Option("--prompts", help="txt, jsonl or csv; ids are the names of images.", metavar="FILE"),
     ] = None,
+    weights: Weights = None,
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -38,7 +39,7 @@ def score(
     Examples:
       heatkv score --images theirs --reference full metric=psnr,ssim,lpips
       heatkv score --images theirs --prompts prompts.txt metric=clip_score
-      heatkv score --images theirs metric=fid metric.fid.reference=mjhq30k
+      heatkv score --images theirs metric=fid metric.fid.reference=photos            # a folder
 
     Image is compared with image by name (psnr, ssim, lpips), set with set whatever names and number (fid, ...). Images
     may lie in folders (GenEval's tree). Writes OUT/score/results.csv, one row per number, and prints a table.
@@ -51,7 +52,7 @@ def score(
         from heatkv_cli.pipeline.score import Sources, command_line, run
         from heatkv_cli.results import ensure_writable
 
-        plan = compose(overrides or [], command="score", options={"out": out and str(out)})
+        plan = compose(overrides or [], command="score", options={"weights": weights, "out": out})
         sources = Sources(images, reference, prompts)
         outcome.again, outcome.folder = command_line(plan, sources), plan.first.out
         ensure_writable(plan.first.out)

@@ -166,7 +166,7 @@ def bench(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Measure seconds per scale and stage, and bytes, of methods in turns.
+    """Measure seconds per scale and stage, and bytes.
 
     \b
     Examples:
@@ -174,8 +174,8 @@ def bench(
       heatkv bench model=infinity-2b weights=random resolution=0.25M budget=0.1 --orders infinity-2b.json
       heatkv bench method=random runtime.batch_size=4 repeats=5 warmup=2
 
-    Writes OUT/bench/NAME/bench.csv (after every pass) and bench.md, and prints both tables. One image a batch unless
-    runtime.batch_size says otherwise. weights=random: real dimensions without files.
+    Methods and budgets take turns. Writes OUT/bench/NAME/bench.csv (after every pass) and bench.md, and prints both
+    tables. One image a batch unless runtime.batch_size says otherwise. weights=random: real dimensions without files.
     """
     options = {"model": model, "method": method, "budget": budget, "orders": orders, "out": out}
     _stage("bench", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
@@ -207,7 +207,10 @@ def _stage(
             from heatkv_cli.doctor import preview
 
             document = preview(plan, console)
-            outcome.code = SetupError.exit_code if document["missing"] else 0
+            if document["missing"]:
+                outcome.code = SetupError.exit_code
+            elif document["infeasible"]:
+                outcome.code = PartialResultError.exit_code
             console.result(document)
         else:
             ensure_writable(plan.first.out)

@@ -33,7 +33,7 @@ class RunConfig:
         limit: first prompts of the benchmark; None for all.
         shard: (i, n): every n-th batch beginning with the i-th.
         out: everything is written below it.
-        weights: folder of model files, None where none was named; `random` is no folder, see `random_weights`.
+        weights: folder with files of models and metrics, None where none was named; `random`: see `random_weights`.
         text: where text features are kept; None for `out`/text.
         calibration, schedule: artifacts to use instead of those `out` holds.
         orders: removal orders in the upstream file format, for `build-schedule`.

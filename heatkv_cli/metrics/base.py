@@ -12,7 +12,8 @@ nor methods. ``needs`` names the generation pass whose images a metric wants. A 
 missing raises ``SetupError`` when it is first used; the stage turns that into a row with ``status=skipped``.
 
 What a metric may have besides: ``score_batch`` and ``batch_size``; ``weights_sha256`` and ``settings`` (what else
-decides the number), for the rows; ``device``, taken from the run; ``self_check``, '' or what is wrong, for ``doctor``.
+decides the number), for the rows; ``device`` and ``weights_folder``, taken from the run; ``self_check``, '' or what is
+wrong, for ``doctor``.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ class CLIPScore:
         weights: path of the weights; None for the usual places.
         batch_size: images per pass through the network.
         device: of the network.
+        weights_folder: the first of the usual places.
         resamples, confidence, seed: of the bootstrap over prompts.
 
     Source: Hessel et al., arXiv 2104.08718, without its factor 2.5 and its clamp; as FastVAR's evaluation
@@ -58,6 +59,7 @@ class CLIPScore:
     weights: str | None = None
     batch_size: int = 32
     device: str = "cpu"
+    weights_folder: Path | None = None
     resamples: int = 10_000
     confidence: float = 0.95
     seed: int = 0
@@ -72,7 +74,7 @@ class CLIPScore:
     def path(self) -> Path:
         """The file of weights; raises SetupError where there is none."""
         file = WeightsFile(self.file, f"huggingface.co/{self.hub}", self.hub, self.file)
-        return find_weights(file, self.weights)
+        return find_weights(file, self.weights, self.weights_folder)
 
     @property
     def weights_sha256(self) -> str:

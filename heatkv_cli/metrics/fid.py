@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from heatkv_cli.metrics.base import Kind, Pass, Value
@@ -27,6 +28,7 @@ class FID(OnInception):
         batch_size: images per pass through the network.
         weights: Inception's file; None for the usual places.
         device: of the network; never changes which number is meant.
+        weights_folder: the first of the usual places.
 
     Source: Heusel et al., arXiv 1706.08500; Parmar et al., arXiv 2104.11222 (modes).
     """
@@ -38,6 +40,7 @@ class FID(OnInception):
     batch_size: int = 32
     weights: str | None = None
     device: str = "cpu"
+    weights_folder: Path | None = None
     name: str = "fid"
     version: ClassVar[str] = "1"
     unit: ClassVar[str] = ""

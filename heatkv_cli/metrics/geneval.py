@@ -50,6 +50,7 @@ class GenEval:
         min_score: what is less certain is not even written down; below both thresholds.
         clip_arch, detector_config: other networks, see ``ColourNamer`` and ``Detector``.
         device: where the networks run, in float32.
+        weights_folder: the first of the places where files are looked for.
         resamples, confidence, seed: of the bootstrap.
 
     Source: Ghosh et al., arXiv 2310.11513; djghosh13/geneval at af4902f, ``evaluation/evaluate_images.py`` and
@@ -72,6 +73,7 @@ class GenEval:
     clip_arch: str = "ViT-L-14-quickgelu"
     detector_config: Mapping[str, Any] | None = None
     device: str = "cpu"
+    weights_folder: Path | None = None
     resamples: int = 10_000
     confidence: float = 0.95
     seed: int = 0
@@ -116,8 +118,8 @@ class GenEval:
         Raises:
             SetupError: one is missing.
         """
-        found = find_weights(DETECTORS[self.detector], self.detector_weights)
-        return found, find_weights(CHECKPOINT, self.clip_weights)
+        found = find_weights(DETECTORS[self.detector], self.detector_weights, self.weights_folder)
+        return found, find_weights(CHECKPOINT, self.clip_weights, self.weights_folder)
 
     @cached_property
     def weights_sha256(self) -> str:

@@ -144,6 +144,7 @@ class HPS:
         arch: open_clip's name of the architecture.
         batch_size: pictures per pass through the network.
         device: where the network runs.
+        weights_folder: the first of the places where files are looked for.
         resamples, confidence, seed: of the bootstrap over prompts.
 
     Source: Wu et al., arXiv 2306.09341; tgxs002/HPSv2, package 1.2.0 (``img_score.score``, ``evaluation.evaluate``).
@@ -160,6 +161,7 @@ class HPS:
     arch: str = "ViT-H-14"
     batch_size: int = 16
     device: str = "cpu"
+    weights_folder: Path | None = None
     resamples: int = 10_000
     confidence: float = 0.95
     seed: int = 0
@@ -182,7 +184,7 @@ class HPS:
         Raises:
             SetupError: it is missing.
         """
-        return find_weights(CHECKPOINTS[self.release], self.weights)
+        return find_weights(CHECKPOINTS[self.release], self.weights, self.weights_folder)
 
     @property
     def weights_sha256(self) -> str:
@@ -243,7 +245,7 @@ class HPS:
         Raises:
             SetupError: picture, weights or packages are missing.
         """
-        image = read_picture(find_weights(DEMO))
+        image = read_picture(find_weights(DEMO, folder=self.weights_folder))
         own, other = self._scorer([image] * 2, [DEMO_PROMPT, "a bowl of fruit on a table"])
         if self.release == "v2.0" and abs(own - GOLDEN) >= 0.002:
             return f"the demo picture scores {own:.4f}, published {GOLDEN}"

@@ -116,6 +116,7 @@ class ImageReward:
         timeout: seconds the official back end may take to start, and for each picture.
         batch_size: pictures per pass through the network.
         device: where the network runs.
+        weights_folder: the first of the places where files are looked for.
         sizes: of the network, where it is not the released one (fields of ``blip.Sizes``).
         resamples, confidence, seed: of the bootstrap over prompts.
 
@@ -130,6 +131,7 @@ class ImageReward:
     timeout: float = 600.0
     batch_size: int = 16
     device: str = "cpu"
+    weights_folder: Path | None = None
     sizes: Mapping[str, int] | None = None
     resamples: int = 10_000
     confidence: float = 0.95
@@ -153,7 +155,7 @@ class ImageReward:
         Raises:
             SetupError: it is missing.
         """
-        return find_weights(CHECKPOINT, self.weights)
+        return find_weights(CHECKPOINT, self.weights, self.weights_folder)
 
     @property
     def weights_sha256(self) -> str:
@@ -163,7 +165,7 @@ class ImageReward:
     @cached_property
     def _scorer(self) -> Scorer:
         if self.backend == "native":
-            vocabulary = find_weights(VOCABULARY, self.vocabulary)
+            vocabulary = find_weights(VOCABULARY, self.vocabulary, self.weights_folder)
             return NativeScorer(self.checkpoint, vocabulary, self.device, Sizes(**(self.sizes or {})))
         if self.python is None:
             raise ConfigError(
@@ -172,7 +174,7 @@ class ImageReward:
             )
         options = {
             "checkpoint": str(self.checkpoint.absolute()),
-            "med_config": str(find_weights(MED_CONFIG, self.med_config).absolute()),
+            "med_config": str(find_weights(MED_CONFIG, self.med_config, self.weights_folder).absolute()),
             "vocab": self._vocabulary_if_any(),
             "device": self.device,
         }
@@ -180,7 +182,7 @@ class ImageReward:
 
     def _vocabulary_if_any(self) -> str | None:
         try:
-            return str(find_weights(VOCABULARY, self.vocabulary).absolute())
+            return str(find_weights(VOCABULARY, self.vocabulary, self.weights_folder).absolute())
         except SetupError:
             if self.vocabulary:
                 raise
@@ -217,7 +219,7 @@ class ImageReward:
         Raises:
             SetupError: pictures, weights or packages are missing.
         """
-        images = [read_picture(find_weights(file)) for file in EXAMPLES]
+        images = [read_picture(find_weights(file, folder=self.weights_folder)) for file in EXAMPLES]
         found = self._scorer(images, [GOLDEN_PROMPT] * len(images))
         if all(abs(a - b) < 0.02 for a, b in zip(found, GOLDEN, strict=True)):
             return ""

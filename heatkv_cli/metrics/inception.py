@@ -46,6 +46,7 @@ class Inception:
         mode: the preprocessing.
         weights: file; None for the usual places.
         device: of the network.
+        weights_folder: the first of the usual places.
 
     Source: toshas/torch-fidelity 0.4.0 (network), GaParmar/clean-fid 0.1.35 (``clean``), torchmetrics 1.9.0.
     """
@@ -53,6 +54,7 @@ class Inception:
     mode: Mode
     weights: str | None = None
     device: str = "cpu"
+    weights_folder: Path | None = None
 
     @property
     def name(self) -> str:
@@ -62,7 +64,7 @@ class Inception:
     @property
     def path(self) -> Path:
         """The file of weights; raises SetupError where there is none."""
-        return find_weights(FILE, self.weights)
+        return find_weights(FILE, self.weights, self.weights_folder)
 
     @property
     def weights_sha256(self) -> str:
@@ -125,11 +127,12 @@ class OnInception(Extracting):
     mode: Mode
     weights: str | None
     device: str
+    weights_folder: Path | None
 
     @property
     def extractor(self) -> Inception:
         """Inception in this mode."""
-        return Inception(self.mode, self.weights, self.device)
+        return Inception(self.mode, self.weights, self.device, self.weights_folder)
 
 
 @lru_cache(maxsize=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -28,7 +29,7 @@ class InceptionScore(OnInception):
         splits: parts of the list.
         shuffle: draw the splits at random (torch-fidelity) rather than in order (ADM's evaluator).
         min_images: with fewer the metric is skipped.
-        batch_size, weights, device: of Inception.
+        batch_size, weights, device, weights_folder: of Inception.
 
     Source: Salimans et al., arXiv 1606.03498; behaviour of torch-fidelity 0.4.0.
     """
@@ -40,6 +41,7 @@ class InceptionScore(OnInception):
     batch_size: int = 32
     weights: str | None = None
     device: str = "cpu"
+    weights_folder: Path | None = None
     name: str = "isc"
     version: ClassVar[str] = "1"
     unit: ClassVar[str] = ""

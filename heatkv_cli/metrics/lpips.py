@@ -47,6 +47,7 @@ class LPIPS:
         batch_size: images per pass through the network.
         weights: the backbone's file; None for the usual places. The heads come with torchmetrics.
         device: of the network.
+        weights_folder: the first of the usual places.
         resamples, confidence, seed: of the bootstrap over prompts.
 
     Source: Zhang et al., arXiv 1801.03924; behaviour of lpips 0.1.4 and torchmetrics 1.9.0 (``normalize=True``).
@@ -56,6 +57,7 @@ class LPIPS:
     batch_size: int = 8
     weights: str | None = None
     device: str = "cpu"
+    weights_folder: Path | None = None
     resamples: int = 10_000
     confidence: float = 0.95
     seed: int = 0
@@ -69,7 +71,7 @@ class LPIPS:
     @property
     def path(self) -> Path:
         """The backbone's file; raises SetupError where there is none."""
-        return find_weights(_BACKBONES[self.net][1], self.weights)
+        return find_weights(_BACKBONES[self.net][1], self.weights, self.weights_folder)
 
     @property
     def weights_sha256(self) -> str:

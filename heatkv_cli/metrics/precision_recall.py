@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,7 +31,7 @@ class PrecisionRecall(OnInception):
         neighbours: k.
         reference: ``full`` for the full run's images, or a folder.
         min_images: with fewer on either side the metric is skipped.
-        batch_size, weights, device: of Inception.
+        batch_size, weights, device, weights_folder: of Inception.
         resamples, confidence, seed: of the bootstrap.
 
     Source: Kynkaanniemi et al., arXiv 1904.06991; behaviour of torch-fidelity 0.4.0 with
@@ -44,6 +45,7 @@ class PrecisionRecall(OnInception):
     batch_size: int = 32
     weights: str | None = None
     device: str = "cpu"
+    weights_folder: Path | None = None
     resamples: int = 10_000
     confidence: float = 0.95
     seed: int = 0

@@ -1,7 +1,8 @@
 """Weights of metrics on disk: one rule for finding them, one way of reading them. Nothing is ever downloaded here.
 
-Where a file is looked for: what the metric's ``weights`` option names, then the folder ``HEATKV_WEIGHTS_DIR``, then the
-caches of torch hub (which honours ``TORCH_HOME``) and of the Hugging Face hub (``HF_HOME``).
+Where a file is looked for: what the metric's ``weights`` option names; then the folder that was named for all weights
+(``--weights``), and ``HEATKV_WEIGHTS_DIR``; then the caches of torch hub (which honours ``TORCH_HOME``) and of the
+Hugging Face hub (``HF_HOME``).
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ class WeightsFile:
     licence: str = ""
 
 
-def find_weights(file: WeightsFile, given: str | None = None) -> Path:
+def find_weights(file: WeightsFile, given: str | None = None, folder: Path | None = None) -> Path:
     """Path of a file that a metric needs.
 
     Args:
         file: which.
         given: a path from the configuration; nothing else is tried then.
+        folder: the folder that was named for all weights, or None.
 
     Raises:
         SetupError: the file is nowhere; message and hint name it, the places and its source.
@@ -60,15 +62,14 @@ def find_weights(file: WeightsFile, given: str | None = None) -> Path:
         if path.is_file():
             return path
         raise SetupError(f"weights missing: {path} does not exist", f"{file.name} comes from {file.source}")
-    folder = os.path.expanduser(os.environ.get(FOLDER, ""))
-    if folder and (Path(folder) / file.name).is_file():
-        return Path(folder) / file.name
-    for cached in (Path(torch.hub.get_dir()) / "checkpoints" / file.name, _in_hub_cache(file)):
-        if cached is not None and cached.is_file():
-            return cached
+    named = dict.fromkeys(Path(place).expanduser() for place in (folder, os.environ.get(FOLDER)) if place)
+    cached = (Path(torch.hub.get_dir()) / "checkpoints" / file.name, _in_hub_cache(file))
+    for found in (*(place / file.name for place in named), *cached):
+        if found is not None and found.is_file():
+            return found
     raise SetupError(
-        f"weights missing: {file.name} is not in {FOLDER} ({folder or 'not set'}) nor in a hub's cache",
-        f"get it from {file.source} and put it into the folder that {FOLDER} names",
+        f"weights missing: {file.name}; looked at {', '.join((*map(str, named), 'the caches of hubs'))}",
+        f"get it from {file.source} and put it into a folder named by --weights DIR or {FOLDER}",
     )
 
 

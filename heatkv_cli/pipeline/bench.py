@@ -31,7 +31,6 @@ FILE, TABLE = "bench.csv", "bench.md"
 def run(plan: Plan, ui: Console) -> dict[str, Any]:
     """Measure every run of the plan, and the full cache beside them."""
     cfg, jobs = plan.first, _jobs(plan, ui)
-    folder = _begin(plan, jobs)
     count = cfg.warmup + cfg.repeats * len(jobs)
     ui.say(f"plan: {len(jobs)} runs in turns, {cfg.repeats} times; {count} passes of {len(_batch(jobs[0]))} images")
     clock = perf_counter()
@@ -41,6 +40,7 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
     model.prepare(prompts, setup.text_root(cfg))
     condition = model.encode(prompts)
     text = perf_counter() - clock - loaded
+    folder = _begin(plan, jobs)  # once there is a model: files that cannot be read leave no folder behind
     ui.say(f"weights after {loaded:.1f} s, text after another {text:.1f} s; neither is part of a pass")
     passes: dict[str, list[Pass]] = defaultdict(list)
     with ui.progress("bench", count, "pass") as progress:

@@ -7,11 +7,15 @@ scratch) is not in it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import torch
+
 from heatkv_cli.config import ModelConfig, RunConfig, build, config_hash
 from heatkv_cli.core.artifacts import Schedule
+from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.orders import random_orders
 from heatkv_cli.core.policy import Policy
 from heatkv_cli.core.scales import Geometry
@@ -105,12 +109,16 @@ class BytePlan:
 
 
 def byte_plan(cfg: RunConfig) -> BytePlan | None:
-    """The plan of a run; None where the model's family has no sketch."""
-    if not cfg.model.sketch:
-        return None
+    """The plan of a run; None where the model's family has no sketch.
+
+    Raises:
+        BudgetError: the method cannot meet the budget, in the words of the run itself.
+    """
     geometry = setup.geometry_of(cfg.model)
     guided = setup.sampling_of(cfg.model).guided
     cache, exact = _cache(cfg, geometry)
+    if not cfg.model.sketch:
+        return None
     model = _footprint(_Shape(cfg.model, cfg.runtime.device == "cpu"))
     if cfg.random_weights:  # text features are drawn too
         model = replace(model, encoder=0)
@@ -140,30 +148,25 @@ def _footprint(shape: _Shape) -> Footprint:
 
 def _cache(cfg: RunConfig, geometry: Geometry) -> tuple[CacheBytes, bool]:
     """Bytes of the cache, and whether they are exact."""
-    budget = setup.budget_of(cfg)
     policy, known = _policy(cfg, geometry)
-    if policy is not None:
-        try:
-            return rehearse(geometry, policy), known
-        except LooksAtKeysError:
-            pass
-    state = 0 if policy is None else policy.state_bytes
-    slots = budget.slots(geometry, 1, state) if policy is None else policy.capacity
-    alloc = slots * (geometry.bytes_per_token + state)
+    with suppress(LooksAtKeysError):
+        return rehearse(geometry, policy), known
+    slots = policy.capacity
+    alloc = slots * (geometry.bytes_per_token + policy.state_bytes)
     stored, current = -(-slots // geometry.num_layers), geometry.num_heads * geometry.schedule.lengths[-1]
     copied = (2 * stored + 2 * current) * geometry.bytes_per_token  # a layer's share, read and joined
     index = 4 * 3 * slots
     return CacheBytes(alloc, alloc + copied, index), False
 
 
-def _policy(cfg: RunConfig, geometry: Geometry) -> tuple[Policy | None, bool]:
-    """The run's policy, and whether it is the very one; None where it needs a calibration that is not there yet.
+def _policy(cfg: RunConfig, geometry: Geometry) -> tuple[Policy, bool]:
+    """The run's policy, and whether it is the very one.
 
-    How many atoms HeatKV removes follows from the budget alone; which ones decides little about bytes. Without orders
-    at hand random ones stand in.
+    How many atoms HeatKV removes, or how many tokens a method has, follows from the budget alone; which ones decides
+    little about bytes. Without orders at hand random ones stand in, without a calibration one of nothing.
     """
     method, budget = setup.method_of(cfg.method), setup.budget_of(cfg)
-    schedule, known = None, True
+    schedule, calibration, known = None, None, True
     if method.scheduled:
         if cfg.schedule is not None and cfg.schedule.is_file():
             schedule = Schedule.load(cfg.schedule, geometry)
@@ -172,5 +175,21 @@ def _policy(cfg: RunConfig, geometry: Geometry) -> tuple[Policy | None, bool]:
             orders = random_orders(geometry, 0) if cfg.orders is None else orders_of_file(cfg.orders, cfg.model)
             schedule = method.build_schedule(geometry, budget, orders if method.calibrated else None)
     elif method.calibrated:
-        return None, False
-    return method.policy(geometry, budget, schedule, 1), known
+        given = cfg.calibration if cfg.calibration is not None and cfg.calibration.is_file() else None
+        known = given is not None
+        calibration = _nothing(geometry) if given is None else Calibration.load(given, geometry)
+    return method.policy(geometry, budget, schedule, 1, calibration), known
+
+
+def _nothing(geometry: Geometry) -> Calibration:
+    """A calibration that has seen nothing.
+
+    One head stands out, so that the knee of HACK's variances is as far right as may be: budgets that another
+    calibration could meet are not refused.
+    """
+    each, scales = (1, geometry.num_layers, geometry.num_heads), geometry.num_scales
+    variance = torch.zeros(each)
+    variance[0, -1, -1] = 1
+    scas = torch.zeros(*each, scales, scales, dtype=torch.float64)
+    asi, per_scale = torch.zeros(*each[:2], scales), torch.zeros(*each, scales)
+    return Calibration(geometry, "", (0,), scas, variance, asi, per_scale, per_scale)

@@ -16,6 +16,7 @@ from heatkv_cli.core.policy import Method, Policy
 from heatkv_cli.core.stability import Stability, compare_calibrations, half_split_stability
 from heatkv_cli.core.statistics import AttentionStatistics, concatenate
 from heatkv_cli.methods.hack import ALPHA
+from heatkv_cli.models.base import ImageModel
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.figures import write_scas_map, write_variance_curve
 from heatkv_cli.results import finish_meta, write_meta
@@ -70,21 +71,25 @@ def calibration_path(cfg: RunConfig, ui: Console) -> Path:
     if path.exists():
         Calibration.load(path, setup.geometry_of(cfg.model))
         return path
+    images = setup.images_of(cfg, prompts, 1, None)
+    model = setup.load_model(cfg, files)  # before there is a folder: files that cannot be read leave none behind
+    model.prepare([image.item.prompt for image in images], setup.text_root(cfg))
     write_meta(folder, config_hash=digest, config=cfg.plain(), weights_sha256=weights)
     ui.log_to(folder)
-    calibration = measure(cfg, files, weights, ui)
+    calibration = measure(cfg, model, images, prompts.sha256, weights, ui)
     calibration.save(path)
     finish_meta(folder, sha256=calibration.sha256)
     return path
 
 
-def measure(cfg: RunConfig, files: dict[str, Path], weights: str, ui: Console) -> Calibration:
-    """Run the calibration prompts with the full cache and collect the statistics of their conditional rows."""
-    model, sampling = setup.load_model(cfg, files), setup.sampling_of(cfg.model)
-    prompts, _ = setup.prompts_of(cfg.calibration_prompts)
-    images = setup.images_of(cfg, prompts, 1, None)
-    model.prepare([image.item.prompt for image in images], setup.text_root(cfg))
-    parts = []
+def measure(
+    cfg: RunConfig, model: ImageModel, images: list[setup.Image], prompts: str, weights: str, ui: Console
+) -> Calibration:
+    """Run the calibration images with the full cache and collect the statistics of their conditional rows.
+
+    `prompts` and `weights` are digests.
+    """
+    sampling, parts = setup.sampling_of(cfg.model), []
     with ui.progress(f"calibrate {cfg.model.name}", len(images), "prompt") as progress:
         for batch in setup.batches_of(images, cfg.runtime.batch_size):
             statistics = AttentionStatistics(model.geometry, len(batch))
@@ -104,7 +109,7 @@ def measure(cfg: RunConfig, files: dict[str, Path], weights: str, ui: Console) -
             progress.advance(len(batch))
     return Calibration(
         geometry=model.geometry,
-        prompts_sha256=prompts.sha256,
+        prompts_sha256=prompts,
         seeds=tuple(image.seed for image in images),
         sampling=cfg.model.sampling.per_scale(len(cfg.model.sizes)),
         weights_sha256=weights,

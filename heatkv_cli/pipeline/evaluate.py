@@ -24,7 +24,7 @@ from heatkv_cli.errors import ConfigError
 from heatkv_cli.metrics.base import Metric, Sample, SetMetric, Value
 from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.contact_sheet import write_contact_sheet
-from heatkv_cli.pipeline.generate import CHOSEN, FREE, Infeasible, Job, Models, prepare, prepare_all, run_pass
+from heatkv_cli.pipeline.generate import CHOSEN, FORCED, FREE, Infeasible, Job, Models, prepare, prepare_all, run_pass
 from heatkv_cli.pipeline.image_folder import read_image, reference_of
 from heatkv_cli.pipeline.measure import Item, Measured, incomplete, measure, metric_rows, statistics_of
 from heatkv_cli.results import RunFolder, encode_rows, environment, upsert_results, utc_now, write_file
@@ -115,7 +115,7 @@ def _announce(jobs: list[tuple[Job, Job]], ui: Console) -> None:
 
 
 def _metrics(cfg: RunConfig) -> dict[str, Metric]:
-    return {config.name: setup.metric_of(config, setup.device_of(cfg)) for config in cfg.metrics}
+    return {config.name: setup.metric_of(config, cfg) for config in cfg.metrics}
 
 
 def _against_full(metric: Metric) -> bool:
@@ -134,12 +134,15 @@ def _evaluate(job: Job, full: Evaluated | None, models: Models, ui: Console) -> 
             run_pass(job, kind, models, ui, full.job if full else None)
     result = Evaluated(job, full.job.run_id if full else None, _costs(RunFolder.reading(job.folder / FREE), job), {})
     configs = {config.name: config for config in job.cfg.metrics}
-    items = {kind: _items(job, kind, full) for kind in {metric.needs for metric in metrics.values()}}
+    items = {
+        (kind, paired): _items(job, kind, full if paired else None)
+        for kind, paired in set(map(_wanted, metrics.values()))
+    }
     for name, metric in metrics.items():
         result.measured[name] = measure(
             metric,
             configs[name],
-            items[metric.needs],
+            items[_wanted(metric)],
             job.folder,
             ui,
             baseline=full.measured[name].scores if full and name in full.measured else None,
@@ -162,8 +165,13 @@ def _reference(metric: Metric, job: Job, full: Evaluated | None, ui: Console) ->
     return lambda m: statistics_of(m, pictures, full.job.folder / "features", ui, {}, job.cfg.shard)
 
 
+def _wanted(metric: Metric) -> tuple[str, bool]:
+    """The pass a metric needs, and whether it looks at the full run's images beside it; the forced pass makes none."""
+    return metric.needs, metric.kind == "paired" and metric.needs != FORCED
+
+
 def _items(job: Job, kind: str, full: Evaluated | None) -> list[Item]:
-    """The images of a pass, each with the full run's where there is one; nothing is read yet."""
+    """The images of a pass, each with the full run's where that is given; none is loaded yet."""
     folder = RunFolder.reading(job.folder / kind)
     reference = None if full is None else RunFolder.reading(full.job.folder / FREE)
     items = []

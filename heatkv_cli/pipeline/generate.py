@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,10 @@ class Infeasible:
         """What --json says of it."""
         return {"method": self.cfg.method.name, "budget": self.cfg.budget_label, "reason": self.error.message}
 
+    def tell(self, ui: Console) -> None:
+        """Say that it is left out, and why."""
+        ui.warn(f"left out: {self.error.message}")
+
 
 def run(plan: Plan, ui: Console) -> dict[str, Any]:
     """Make the images of every run of the plan; in a sweep, budgets that a method cannot meet are left out.
@@ -150,6 +154,12 @@ class Models:
             self._loaded[key] = setup.load_model(job.cfg, job.files)
         return self._loaded[key]
 
+    def ready(self, job: Job, batches: Iterable[Sequence[setup.Image]]) -> ImageModel:
+        """The model of a run, with the text features of some batches on disk."""
+        model = self.get(job)
+        model.prepare([image.item.prompt for batch in batches for image in batch], setup.text_root(job.cfg))
+        return model
+
 
 def prepare_all(configs: Sequence[RunConfig], ui: Console) -> tuple[list[Job], list[Infeasible]]:
     """Every run that can exist, and the points of the sweep that cannot.
@@ -167,7 +177,7 @@ def prepare_all(configs: Sequence[RunConfig], ui: Console) -> tuple[list[Job], l
     if not jobs:
         raise_all([point.error for point in infeasible])
     for point in infeasible:
-        ui.warn(f"left out: {point.error.message}")
+        point.tell(ui)
     return jobs, infeasible
 
 
@@ -203,7 +213,7 @@ def prepare(cfg: RunConfig, ui: Console) -> Job:
 
 
 def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | None = None) -> None:
-    """Make what is missing of one pass.
+    """Make what is missing of one pass. A model that cannot be read leaves no new folder behind.
 
     Args:
         job: the run.
@@ -214,6 +224,9 @@ def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | 
     """
     cfg, shard = job.cfg, job.cfg.shard
     batches = setup.batches_of(job.images, cfg.runtime.batch_size)[shard[0] :: shard[1]]
+    new = bool(batches) and not (job.folder / kind).exists()
+    if new:
+        models.ready(job, batches)
     write_meta(
         job.folder,
         config_hash=job.digest,
@@ -230,8 +243,7 @@ def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | 
         todo = [batch for batch in batches if not folder.done(image.image_id for image in batch)]
         label = f"{cfg.method.name} {cfg.budget_label} {kind}"
         if todo:
-            model = models.get(job)
-            model.prepare([image.item.prompt for batch in todo for image in batch], setup.text_root(cfg))
+            model = models.get(job) if new else models.ready(job, todo)
         with ui.progress(label, sum(map(len, todo)), "img") as progress:
             for batch in todo:
                 copied = None if traces is None else _load_traces(traces, batch)

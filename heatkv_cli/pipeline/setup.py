@@ -61,9 +61,10 @@ def prompts_of(config: BenchmarkConfig) -> tuple[PromptSet, int]:
     return benchmark.load(), benchmark.samples_per_prompt
 
 
-def metric_of(config: MetricConfig, device: str) -> Metric:
-    """The metric; it runs on the device of the run unless its own config names one."""
-    offers = {"name": config.name, "needs": config.needs, "device": device}
+def metric_of(config: MetricConfig, cfg: RunConfig) -> Metric:
+    """The metric; device and folder of weights are those of the run unless its own config names others."""
+    folder = None if cfg.random_weights else cfg.weights
+    offers = {"name": config.name, "needs": config.needs, "device": device_of(cfg), "weights_folder": folder}
     offers = {key: value for key, value in offers.items() if value is not None}
     return build(config.target, config.params, object, where=f"metric {config.name}", offers=offers)  # type: ignore[return-value]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from heatkv_cli.cli import run
 from heatkv_cli.config import choices
+from heatkv_cli.pipeline import evaluate
+from heatkv_cli.pipeline.image_folder import read_image
 
 Capture = pytest.CaptureFixture[str]
 
@@ -60,6 +63,35 @@ def test_noise_floor_is_a_row_of_full_against_full(
     assert all("weights-inception" in row["reason"] for row in skipped)
 
 
+@pytest.mark.parametrize(
+    ("metric", "own", "fulls"),
+    [("shapes", 1, 1), ("kl", 0, 0), ("psnr", 1, 1), ("ssim,psnr_layout", 1, 2), ("fd_efficientnet_lite0", 1, 1)],
+)
+def test_images_are_read_for_metrics_that_look_at_them(
+    metric: str, own: int, fulls: int, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`own`, `fulls`: how often each image of a run's free pass, and of the full run, is read.
+
+    shapes scores both runs; psnr and ssim compare each image with the full run's, psnr_layout that of another pass;
+    fd compares all with all.
+    """
+    seen = Counter[Path]()
+
+    def read(path: Path) -> Any:
+        seen[path] += 1
+        return read_image(path)
+
+    monkeypatch.setattr(evaluate, "read_image", read)
+    call(
+        capsys, "eval", "method=sinks", f"metric={metric}", "--limit", "2", "runtime.batch_size=2", "contact_sheet=0",
+        "runtime.threads=1", *(["metric.fd_efficientnet_lite0.min_images=2"] if "lite0" in metric else []), "--out",
+        str(tmp_path),
+    )  # fmt: skip
+    made = list(tmp_path.glob("images/*/free/*.png"))
+    assert len(made) == 4
+    assert {path: seen[path] for path in made} == {path: fulls if "tiny-full" in str(path) else own for path in made}
+
+
 def test_noise_floor_of_batches_needs_batches(tmp_path: Path, capsys: Capture) -> None:
     document = call(
         capsys, "eval", "metric=psnr", "method=full", "noise_floor=batch", "runtime.batch_size=1", "--limit", "1",
@@ -76,3 +108,19 @@ def test_doctor_has_a_line_for_every_metric(tmp_path: Path, capsys: Capture, no_
     missing = lines["metric lpips"]
     assert missing["ok"] is None, "what a download would bring is missing, not wrong"
     assert "alexnet-owt-7be5be79.pth" in missing["found"] and "HEATKV_WEIGHTS_DIR" in missing["found"]
+
+
+def test_the_folder_of_weights_is_the_metrics_too(tmp_path: Path, capsys: Capture, no_weights: None) -> None:
+    (tmp_path / "weights").mkdir()
+    damaged = tmp_path / "weights" / "alexnet-owt-7be5be79.pth"
+    damaged.write_bytes(b"no weights at all")
+    options = ["--weights", str(damaged.parent), "--out", str(tmp_path / "out")]
+    report = call(capsys, "doctor", *options, code=3)
+    (line,) = [check for check in report["checks"] if check["what"] == "metric lpips"]
+    assert line["ok"] is False and str(damaged) in line["found"]
+    report = call(
+        capsys, "eval", "method=sinks", "metric=lpips", "runtime.batch_size=1", "runtime.threads=1", "--limit", "1",
+        "contact_sheet=0", *options, code=6,
+    )  # fmt: skip
+    (item,) = report["incomplete"]
+    assert item["status"] == "failed" and str(damaged) in item["reason"]

@@ -38,7 +38,12 @@ def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
 
 def test_all_methods_in_one_table(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     out = str(tmp_path / "out")
+    planned = call(capsys, *EXPERIMENT, "--out", out, "--dry-run", code=6)
+    assert not Path(out).exists()
     document = call(capsys, *EXPERIMENT, "--out", out, code=6)
+    assert planned["infeasible"] == document["infeasible"]
+    assert len(planned["runs"]) == len(document["runs"])
+    assert all(one["byte_plan"] for one in planned["runs"])
     assert document["status"] == "partial"
     methods = set(choices("method")) - {"random", "sinks", "full"}
     refused = {item["method"] for item in document["infeasible"]}
@@ -83,6 +88,27 @@ def test_a_sweep_of_which_nothing_can_exist_is_an_error(tmp_path: Path, capsys: 
     document = call(capsys, "eval", "method=snapkv,heatkv", "budget=0.002", "--out", str(tmp_path), code=2)
     assert len(document["errors"]) == 2
     assert all("smallest feasible" in error["error"] for error in document["errors"])
+    words = ["eval", "method=snapkv,heatkv", "budget=0.002", "--out", str(tmp_path), "--dry-run"]
+    assert call(capsys, *words, code=2) == document
+
+
+def test_a_dry_run_says_what_is_left_out_and_bench_refuses_it(capsys: Capture, tmp_path: Path) -> None:
+    sweep = ["method=heatkv", "budget=0.2,0.001", "memory=1GiB", "--out", str(tmp_path / "out"), "--dry-run"]
+    reason = "budget 0.001 is too small for method heatkv"
+    assert run(["generate", *sweep]) == 6
+    said = capsys.readouterr()
+    rows = [line.split() for line in said.out.splitlines() if line.startswith("heatkv")]
+    assert ["infeasible" in row for row in rows] == [False, True]
+    assert f"left out: {reason}" in said.err
+    assert run(["bench", *sweep]) == 2
+    assert f"error: {reason}" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_first_what_is_missing(capsys: Capture, tmp_path: Path) -> None:
+    words = ["model=infinity-2b", "method=random", "budget=0.001", "--weights", str(tmp_path), "--dry-run"]
+    document = call(capsys, "generate", *words, code=3)
+    assert document["missing"]
+    assert [point["method"] for point in document["infeasible"]] == ["random"]
 
 
 def test_the_experiment_is_what_the_issue_asks_for() -> None:

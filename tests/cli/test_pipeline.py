@@ -204,6 +204,11 @@ def test_bad_artifacts(damage: str, out: Path, tmp_path: Path, capsys: Capture) 
     assert expected in error["error"]
 
 
+def test_the_command_after_a_schedule_uses_it(tmp_path: Path, capsys: Capture) -> None:
+    words = ["method=random", "rho=0.7", f"out={tmp_path}"]
+    assert call(capsys, "build-schedule", *words)["next"] == " ".join(["heatkv generate", *words])
+
+
 @pytest.mark.parametrize("name", ["generate", "eval"])
 def test_infeasible_budget_names_the_smallest(name: str, tmp_path: Path, capsys: Capture) -> None:
     document = call(capsys, name, "method=heatkv", "budget=0.001", "--out", str(tmp_path), code=2)

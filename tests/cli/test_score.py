@@ -84,6 +84,14 @@ def test_one_metric_without_weights_leaves_the_others_alone(
     for name, file in (("lpips", "alexnet-owt-7be5be79.pth"), ("fid", "weights-inception-2015-12-05")):
         row = by_metric[name]
         assert (row["status"], row["value"]) == ("skipped", "") and file in row["reason"]
+    damaged = tmp_path / "alexnet-owt-7be5be79.pth"
+    damaged.write_bytes(b"no weights at all")
+    report = call(
+        capsys, "--images", str(sides[0]), "--reference", str(sides[1]), "metric=lpips", "--weights", str(tmp_path),
+        "--out", str(tmp_path / "out"), code=6,
+    )  # fmt: skip
+    (item,) = report["incomplete"]
+    assert item["status"] == "failed" and str(damaged) in item["reason"]
 
 
 def test_lite0_distances_run_with_nothing_but_packages(

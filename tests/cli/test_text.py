@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -16,6 +17,7 @@ import infinity_golden as golden
 from infinity_files import flat, official, pixels, wrapped
 from t5_files import write_t5
 
+from heatkv_cli.cli import run
 from heatkv_cli.config import compose
 from heatkv_cli.console import Console
 from heatkv_cli.errors import ArtifactError, SetupError
@@ -89,6 +91,29 @@ def test_text_is_encoded_once_and_the_encoder_may_go(weights: Path, tmp_path: Pa
         make(bare, tmp_path / "fresh", "method=full", "limit=4")
     make(weights, tmp_path / "out", "method=full", "limit=6")  # the encoder is back: what is missing, and no more
     assert len(loads) == 2 and len(list(text.rglob("*.safetensors"))) == 6
+
+
+@pytest.mark.parametrize("command", ["generate", "calibrate", "eval", "bench"])
+@pytest.mark.parametrize("damage", ["a tensor is gone", "transformer cut", "encoder cut"])
+def test_files_that_cannot_be_read_leave_no_folder(
+    weights: Path, tmp_path: Path, command: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only what loading finds: `verify=false` compares no digests, and an encoder has none to compare with."""
+    bad, out = tmp_path / "bad", tmp_path / "out"
+    shutil.copytree(weights, bad)
+    path = bad / "infinity_2b_reg.pth"
+    if damage == "encoder cut":
+        (path,) = (bad / "flan-t5-xl").glob("*.safetensors")
+    if damage == "a tensor is gone":
+        tensors = torch.load(path, weights_only=True)
+        torch.save({name: tensor for name, tensor in tensors.items() if name != "head.weight"}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:-1000])
+    words = [*SMALL, f"weights={bad}", f"out={out}", *([] if command == "calibrate" else ["method=full"])]
+    assert run([command, *words, *(["limit=2"] if command in ("generate", "eval") else [])]) in (3, 4)
+    assert "Traceback" not in capsys.readouterr().err
+    assert [path for path in out.rglob("*") if path.is_file()] == []
+    assert not {path.name for path in out.iterdir()} & {"images", "calibration", "bench"}
 
 
 def test_a_sweep_reads_what_is_there(weights: Path, tmp_path: Path, loads: list[str]) -> None:

@@ -20,7 +20,7 @@ from heatkv_cli.core.ledger import Ledger
 from heatkv_cli.core.orders import random_orders
 from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.errors import ConfigError
+from heatkv_cli.errors import BudgetError, ConfigError
 from heatkv_cli.models.base import ImageModel, Sketch
 from heatkv_cli.models.infinity.sketch import t5_bytes
 from heatkv_cli.pipeline import setup
@@ -184,10 +184,29 @@ def test_every_method_has_a_plan(name: str) -> None:
     """A bound for methods that look at keys or attention: their pool is never larger than planned."""
     overrides = ["model=tiny", f"method={name}", *([] if name == "full" else ["budget=0.2"])]
     cfg, plan = config(*overrides), plan_of(*overrides)
-    if setup.method_of(cfg.method).calibrated:  # without a calibration at hand there is only the budget's own bound
+    if setup.method_of(cfg.method).calibrated:  # without a calibration at hand there is only a bound
         assert 0 < plan.kv(1) <= 2 * plan.full * 0.2
     else:
         assert plan.kv(1) == generated(cfg, tiny(), 1).alloc_bytes
+
+
+@pytest.mark.parametrize(("alpha", "smallest"), [("0.2", 5), ("0.5", 3), ("0.8", 2), ("elbow", 2)])
+def test_a_budget_is_refused_if_no_calibration_could_meet_it(alpha: str, smallest: int) -> None:
+    """HACK's contextual heads get a fifth of the tokens of the others: the more there are, the less it needs.
+
+    `elbow` is anything from 0.2 to 0.8, as the calibration will say.
+    """
+    words = ("method=hack", f"method.alpha={alpha}")
+    with pytest.raises(BudgetError):
+        plan_of(*words, f"budget={smallest - 1}/155")
+    plan = plan_of(*words, f"budget={smallest}/155")
+    assert not plan.exact
+    assert plan.kv(1) == 2 * plan.full * smallest // 155
+
+
+def test_methods_that_ask_for_raw_queries_have_a_plan() -> None:
+    plan = plan_of(*MIDDLE, "method=scalekv", "method.faithful=true", "budget=0.1")
+    assert 0 < plan.kv(1) <= 2 * plan.full * 0.1
 
 
 # ------------------------------------------------------------------------------------------------------ what is said

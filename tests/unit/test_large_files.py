@@ -128,5 +128,9 @@ def test_models_and_metrics_look_into_the_same_places(
     named = written(tmp_path / "named" / "net.pth", b"n" * SIZE)
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", "~/named")
     assert find_file("m", model, tmp_path / "named") == find_weights(metric) == named
+    (tmp_path / "option").mkdir()
+    assert find_weights(metric, folder=tmp_path / "option") == named, "what that folder lacks is looked for further"
+    optional = written(tmp_path / "option" / "net.pth", b"o" * SIZE)
+    assert find_file("m", model, tmp_path / "option") == find_weights(metric, folder=tmp_path / "option") == optional
     assert find_weights(metric, str(in_cache)) == in_cache
     assert weights_sha256(named) == sha256_path(named)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from heatkv_cli.config import choices, compose
+from heatkv_cli.errors import SetupError
 from heatkv_cli.metrics.base import ImageMetric, SetMetric
 from heatkv_cli.pipeline.setup import metric_of
 
@@ -31,8 +35,43 @@ def test_no_scorer_is_imported_before_it_is_used() -> None:
 
 def test_building_a_metric_imports_no_scorer_and_reads_no_weights() -> None:
     for name in choices("metric"):
-        metric = metric_of(compose([f"metric={name}"]).first.metrics[0], "cpu")
+        cfg = compose([f"metric={name}"]).first
+        metric = metric_of(cfg.metrics[0], cfg)
         assert isinstance(metric, (ImageMetric, SetMetric)) and metric.name == name
+
+
+@pytest.mark.parametrize("name", choices("metric"))
+def test_every_metric_finds_its_files_in_the_folder_of_weights(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says is missing is put there, file by file, until nothing is; then its digest is that of these files."""
+    for variable in ("TORCH_HOME", "HF_HOME", "HEATKV_WEIGHTS_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "nothing"))
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    cfg = compose([f"metric={name}"], options={"weights": str(folder)}).first
+    params = cfg.metrics[0].params
+    for _ in range(5):
+        metric, digest = metric_of(cfg.metrics[0], cfg), ""
+        try:
+            digest = getattr(metric, "weights_sha256", "")
+            break
+        except SetupError as error:
+            missing = re.match(rf"weights missing: (\S+); looked at {re.escape(str(folder))}, ", error.message)
+            assert missing, error.message
+            (folder / missing[1]).write_bytes(missing[1].encode())
+    made = [hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()]
+    assert len(made) == sum(key in params for key in ("weights", "detector_weights", "clip_weights")) or "lite0" in name
+    if len(made) == 1:
+        assert [digest] == made
+
+
+def test_random_weights_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEATKV_WEIGHTS_DIR", str(tmp_path))
+    (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"alex")
+    cfg = compose(["metric=lpips"], options={"weights": "random"}).first
+    digest: str = metric_of(cfg.metrics[0], cfg).weights_sha256  # type: ignore[union-attr]
+    assert digest == hashlib.sha256(b"alex").hexdigest()
 
 
 def test_packages_import_with_deprecation_warnings_as_errors() -> None:

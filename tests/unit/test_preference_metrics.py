@@ -208,4 +208,4 @@ def test_yaml_spells_the_defaults_out(name: str) -> None:
     cls = {"HPS": HPS, "ImageReward": ImageReward, "GenEval": GenEval}[fields.pop("_target_").rpartition(".")[2]]
     shown = vars(cls(**fields))
     default = vars(HPS("hps_v20", "v2.0") if name == "hps_v20" else cls())
-    assert shown == default and set(default) - set(fields) <= {"device"}
+    assert shown == default and set(default) - set(fields) <= {"device", "weights_folder"}
