@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -262,7 +263,5 @@ def column_mass(q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
 
     Shapes as in `probability_chunks`; returns (B, H, N).
     """
-    total = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
-    for _, weights in probability_chunks(q, k, softmax_scale):
-        total += weights.sum(2)
-    return total
+    parts = (weights.sum(2) for _, weights in probability_chunks(q, k, softmax_scale))
+    return reduce(torch.add, parts)

@@ -50,15 +50,15 @@ def merge_dropped(k: Tensor, v: Tensor, kept: Tensor, valid: Tensor, rule: str) 
     dropped = valid.to(k.device).expand(shape) & ~kept & kept.any(-1, keepdim=True)
     pivots, is_pivot = _packed(kept)
     sources, is_source = _packed(dropped)
-    pivots, count = _rows_of(pivots, shape), is_pivot.numel()
+    pivots, count, even = _rows_of(pivots, shape), is_pivot.numel(), bool(is_pivot.all())
 
     def real(x: Tensor) -> Tensor:
-        return x[is_pivot].view(len(x), int(is_pivot[0].sum()), x.shape[-1])
+        return x.flatten(1, 2) if even else x[is_pivot].view(len(x), int(is_pivot[0].sum()), x.shape[-1])
 
     if not sources.shape[-1]:
         return real(_take(k, pivots)), real(_take(v, pivots))
     sources = _rows_of(sources, shape)
-    cosine, nearest = _nearest(k, sources, pivots, is_pivot)
+    cosine, nearest = _nearest(k, sources, pivots, None if even else ~is_pivot)
     pull, own, mass = _weights(cosine, is_source, rule)
     places = _rows_of(nearest, is_pivot.shape).flatten()
     own, mass = (cosine.new_zeros(count).index_add_(0, places, x.flatten()) for x in (own, mass))
@@ -89,11 +89,14 @@ def _take(x: Tensor, rows: Tensor) -> Tensor:
     return x.flatten(0, 2).index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
 
 
-def _nearest(k: Tensor, sources: Tensor, pivots: Tensor, is_pivot: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine (B, H, E) with the nearest kept key, and which one, long in 0..C-1; ties go to the earlier token."""
+def _nearest(k: Tensor, sources: Tensor, pivots: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosine (B, H, E) with the nearest kept key, and which one, long in 0..C-1; ties go to the earlier token.
+
+    `padding`: bool (B, H, C), which of the kept ones are none.
+    """
     units = F.normalize(_take(k, pivots).float(), dim=-1).transpose(-1, -2)
     dropped = _take(k, sources).float()
-    found = [_best(part @ units, is_pivot) for part in _parts(dropped, units)]
+    found = [_best(part @ units, padding) for part in _parts(dropped, units)]
     best, index = (torch.cat(each, 2) for each in zip(*found, strict=True))
     # its own length does not change which one is nearest to a dropped key
     return best / torch.linalg.vector_norm(dropped, dim=-1).clamp(min=_LEAST), index
@@ -105,8 +108,8 @@ def _parts(keys: Tensor, units: Tensor) -> Iterator[Tensor]:
     yield from keys.split(step, 2)
 
 
-def _best(cosines: Tensor, is_pivot: Tensor) -> tuple[Tensor, Tensor]:
-    best, index = cosines.masked_fill_(~is_pivot.unsqueeze(2), -torch.inf).max(-1)
+def _best(cosines: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    best, index = (cosines if padding is None else cosines.masked_fill_(padding.unsqueeze(2), -torch.inf)).max(-1)
     return best, index
 
 

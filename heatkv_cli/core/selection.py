@@ -151,22 +151,29 @@ def top_mask(scores: Tensor, counts: int | Tensor, always: Tensor | None = None)
     if always is not None:
         scores = scores.masked_fill(always.to(scores.device), torch.inf)
     counts = torch.as_tensor(counts).expand(scores.shape[1])
-    last = _nth_highest(scores, counts.clamp(1, scores.shape[2]))
-    chosen, counts = scores >= last, counts.to(scores.device)[:, None]
-    if bool((chosen.sum(2, keepdim=True) == counts).all()):
-        return chosen
+    last, following = _at(scores, counts.clamp(1, scores.shape[2]))
+    if bool((following < last).all()) and int(counts.min()):
+        return scores >= last
     above, level = scores > last, scores == last  # equal scores, of which the first ones win
-    return above | (level & (level.cumsum(2) <= counts - above.sum(2, keepdim=True)))
+    return above | (level & (level.cumsum(2) <= counts.to(scores.device)[:, None] - above.sum(2, keepdim=True)))
 
 
-def _nth_highest(scores: Tensor, counts: Tensor) -> Tensor:
-    """The counts[h]-th highest score of each row and head, (B, H, 1); counts long (H,), from 1."""
-    if scores.device.type == "cpu":  # nothing needs to be sorted; ten times as fast as PyTorch's topk or kthvalue
-        places = scores.shape[2] - counts
-        ranked = torch.from_numpy(np.partition(scores.numpy(), places.unique().tolist(), axis=-1))
-        return ranked.gather(2, places[:, None].expand(len(scores), -1, 1))
-    best = scores.topk(int(counts.max())).values
-    return best.gather(2, (counts - 1).to(scores.device)[:, None].expand(len(scores), -1, 1))
+def _at(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The counts[h]-th highest score of each row and head, and the next one, -inf behind the last; both (B, H, 1).
+
+    Args:
+        scores: (B, H, N).
+        counts: long (H,), 1 to N.
+    """
+    rows, _, columns = scores.shape
+    if scores.device.type == "cpu":  # vectorised: a tenth of PyTorch's sort, less than a partition at two places
+        ranked, places = torch.from_numpy(np.sort(scores.numpy(), axis=-1)), columns - counts
+    else:
+        ranked = scores.topk(min(columns, int(counts.max()) + 1)).values.flip(-1)
+        places = ranked.shape[2] - counts
+    where = places.to(scores.device)[:, None].expand(rows, -1, 1)
+    following = ranked.gather(2, (where - 1).clamp(min=0))
+    return ranked.gather(2, where), following.masked_fill_(where == 0, -torch.inf)
 
 
 def share_rows(scores: Tensor, cond: slice) -> Tensor:

@@ -192,8 +192,8 @@ class _Hack(Selecting):
         visit.charge(SCORE_BYTES * len(visit.k) * positions.shape[1] * positions.shape[2])
         scores = visit.column_mass(self._queries(visit), heads=heads)
         scores = share_rows(scores, visit.cond) if self._method.share_cfg else scores
-        scores, always = self._structural(visit, scores, positions, heads)
-        mask = top_mask(scores, caps[heads], always)
+        self._protect(visit, scores, positions, heads)
+        mask = top_mask(scores, caps[heads])
         if len(heads) < len(caps):
             everything = (positions >= 0).expand(len(mask), -1, -1).to(mask.device)
             mask = everything.index_copy(1, heads.to(mask.device), mask)
@@ -218,32 +218,29 @@ class _Hack(Selecting):
         draw = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed + visit.layer))
         return draw[:count].sort().values
 
-    def _structural(
-        self, visit: Visit, scores: Tensor, positions: Tensor, heads: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores and protected tokens of `heads`, (B, n, N), of which spatial ones protect first and newest tokens.
+    def _protect(self, visit: Visit, scores: Tensor, positions: Tensor, heads: Tensor) -> None:
+        """Raise the scores (B, n, N) of what spatial ones among `heads` protect, first and newest tokens, to infinity.
 
-        A spatial head whose budget does not hold the current scale has no use for older tokens: they get no score,
-        and the best current token of every patch is protected instead of all.
+        A spatial head whose budget does not hold the current scale has no use for older tokens: theirs sink to
+        -infinity, and the best current token of every patch is protected instead of all.
         """
         spatial, caps, device = self._spatial[visit.layer, heads], self._caps[visit.layer, heads], scores.device
-        if not bool(spatial.any()):
-            return scores, None
         columns, tokens, recent = scores.shape[2], visit.k.shape[2], self._method.keep_recent
         crowded = spatial & (caps < tokens) & recent
         room = torch.where(crowded | (not recent), caps, caps - tokens).clamp(min=0)
         initial = torch.minimum(self._initial[visit.layer, heads], room) * spatial
         current = torch.arange(columns) >= columns - tokens
         first = (positions[:, heads] >= 0) & (positions[:, heads] < initial[:, None])
-        always = (first | (current & (spatial & ~crowded)[:, None] & recent)).to(device)
-        if not bool(crowded.any()):
-            return scores, always
-        free = torch.where(crowded, caps - first[0].sum(-1), 0)
-        sides = torch.tensor([math.isqrt(n) for n in free.tolist()])
-        best = best_of_patches(scores[:, :, columns - tokens :], visit.geometry.schedule, visit.scale, sides)
-        always = always.repeat(len(scores) // len(always), 1, 1)
-        always[:, :, columns - tokens :] |= best
-        return scores.masked_fill((crowded[:, None] & ~current).to(device), -torch.inf), always
+        scores.masked_fill_((first | (current & (spatial & ~crowded)[:, None] & recent)).to(device), torch.inf)
+        some = crowded.nonzero().flatten()
+        if not len(some):
+            return
+        own, first = scores[:, some.to(device)], first[:, some]
+        own.masked_fill_(~(first | current).to(device), -torch.inf)
+        sides = torch.tensor([math.isqrt(n) for n in (caps[some] - first[0].sum(-1)).tolist()])
+        newest = own[:, :, columns - tokens :]
+        newest.masked_fill_(best_of_patches(newest, visit.geometry.schedule, visit.scale, sides), torch.inf)
+        scores.index_copy_(1, some.to(device), own)
 
 
 def _merged(visit: Visit, mask: Tensor, heads: Tensor) -> Keep:

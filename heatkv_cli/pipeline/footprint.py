@@ -62,7 +62,7 @@ def rehearse(geometry: Geometry, policy: Policy) -> CacheBytes:
     for count in geometry.schedule.lengths:
         tokens = torch.zeros(1, geometry.num_heads, count, 1, dtype=cache.pool.k.dtype)
         for layer in range(geometry.num_layers):
-            cache.attend(layer, tokens, tokens, tokens, 1.0, raw_query=partial(cache.keys, layer))
+            cache.attend(layer, tokens, tokens, tokens, 1.0, raw_query=partial(cache.keys, layer, ()))
         cache.end_scale()
     ledger = cache.ledger
     return CacheBytes(ledger.alloc_bytes, ledger.work_peak, ledger.meta_peak)
