@@ -67,7 +67,6 @@ class Console:
         self.debug = debug
         self.log_path: Path | None = None
         self.began = time.monotonic()
-        self.following = ""
         self.written: list[Path] = []
         self._answered = False
         self._err = _rich(sys.stderr)
@@ -114,7 +113,6 @@ class Console:
 
     def next(self, command: str) -> None:
         """Say what to type next; the last line of a command."""
-        self.following = command
         self.say(f"next: {command}")
 
     def error(self, error: HeatKVError) -> None:

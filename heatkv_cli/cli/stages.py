@@ -215,15 +215,14 @@ def _stage(
         else:
             ensure_writable(plan.first.out)
             document = _stage_function(command)(plan, console)
-            following = console.following or _next_command(plan)
+            following = _next_command(plan)
             about = {"status": "done", "command": plan.command_line, "seconds": round(console.elapsed, 3)}
             document = {**about, **document, "next": following}
             outcome.code = PartialResultError.exit_code if document["status"] == "partial" else 0
             console.result(document)
             if document.get("path") and Path(document["path"]).absolute() not in console.written:
                 console.wrote(Path(document["path"]))
-            if not console.following:
-                console.next(following)
+            console.next(following)
     raise typer.Exit(outcome.code)
 
 
@@ -242,12 +241,14 @@ def _stage_function(command: str) -> Callable[[Plan, Console], dict[str, Any]]:
     return run
 
 
+_FOLLOWS = {"calibrate": "build-schedule", "build-schedule": "generate", "generate": "eval"}
+
+
 def _next_command(plan: Plan) -> str:
-    model = "" if plan.first.model.name == "tiny" else f" model={plan.first.model.name}"
-    if plan.command == "calibrate":
-        return f"heatkv build-schedule{model} budget=0.1"
-    if plan.command == "build-schedule":
-        return f"heatkv eval{model} method={plan.first.method.name} budget={plan.first.budget or 0.1}"
-    if plan.command == "generate":
-        return plan.command_line.replace("heatkv generate", "heatkv eval", 1)
+    """The stage that takes up what was made, for the same choices; an experiment as a whole is evaluated."""
+    if plan.command in _FOLLOWS:
+        stage = "eval" if plan.experiment else _FOLLOWS[plan.command]
+        following = plan.command_line.replace(f"heatkv {plan.command}", f"heatkv {stage}", 1)
+        chosen = plan.experiment or any(given.startswith(("budget=", "rho=")) for given in plan.overrides)
+        return following if chosen or plan.command != "calibrate" else f"{following} budget=0.1"
     return "heatkv ls experiments" if plan.experiment else "heatkv eval experiment=demo"

@@ -49,7 +49,7 @@ def smallest_budget(geometry: Geometry) -> Fraction:
     return Fraction(geometry.sink_tokens, geometry.schedule.peak_tokens)
 
 
-def prune_counts(geometry: Geometry, budget: Budget) -> tuple[int, ...]:
+def prune_counts(geometry: Geometry, budget: Budget, method: str = "heatkv") -> tuple[int, ...]:
     """Return x_t, (K,): how many heads must be down to the sink tokens so that the cache entering scale t fits.
 
     x_t = ceil(L*H * (C_t - beta*P) / (C_t - C_S)), 0 where C_t fits anyway; the same count holds for every source
@@ -59,7 +59,7 @@ def prune_counts(geometry: Geometry, budget: Budget) -> tuple[int, ...]:
     Raises:
         BudgetError: below the smallest feasible budget, decided in exact rationals.
     """
-    budget.require(smallest_budget(geometry), geometry, "heatkv")
+    budget.require(smallest_budget(geometry), geometry, method)
     allowed = budget.as_float * geometry.schedule.peak_tokens
     counts = []
     for full in geometry.schedule.offsets[: geometry.num_scales]:
@@ -86,7 +86,7 @@ def removal_schedule(
         budget: fraction of the full cache that may be held at any checkpoint.
         orders: removal orders, or a bare long (num_sources, L*H, 2) of [head, layer] for sources S..K-2. Orders of
             another resolution are cut to the sources that exist.
-        method: the method's name, for the record.
+        method: the method's name, for the record and for errors.
         counts: x_t, (K,), where they should not be the official ones; non-decreasing, 0 up to the sinks.
 
     Raises:
@@ -100,7 +100,7 @@ def removal_schedule(
         orders = Orders(orders, "custom", geometry.schedule)
     else:
         orders = orders.at(geometry)
-    x = prune_counts(geometry, budget) if counts is None else _own_counts(geometry, counts)
+    x = prune_counts(geometry, budget, method) if counts is None else _own_counts(geometry, counts)
     ranks = order_ranks(orders.order, geometry).numpy()
     removed_from = _removed_from(geometry, x, ranks)
     early = _early_activations(geometry, budget, removed_from, ranks)

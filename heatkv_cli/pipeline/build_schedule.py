@@ -32,7 +32,6 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
         table = schedule.table()
         ui.table(list(table[0]), [list(row.values()) for row in table], title)
         ui.wrote(path)
-    ui.next(plan.command_line.replace("heatkv build-schedule", "heatkv generate", 1))
     return {**reports[0], "schedules": reports}
 
 

@@ -45,7 +45,6 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
              "stability": stability.as_dict(), "overlap": overlap.as_dict(),
              "figures": [str(figure.absolute()) for figure in figures]}
         )  # fmt: skip
-    ui.next(f"heatkv build-schedule --model {plan.first.model.name} budget=0.1")
     return {**reports[0], "calibrations": reports}
 
 

@@ -119,7 +119,6 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
             report["tree"] = str(tree.absolute())
             ui.wrote(tree)
         reports.append(report)
-    ui.next(plan.command_line.replace("heatkv generate", "heatkv eval", 1))
     return {
         "status": "partial" if infeasible else "done", **reports[0], "runs": reports,
         "infeasible": [point.report for point in infeasible],

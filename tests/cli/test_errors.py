@@ -226,6 +226,25 @@ def test_success_prints_one_document_and_the_next_command(stage: Any, tmp_path: 
     assert captured.err.splitlines()[-1] == f"next: {document['next']}"
 
 
+@pytest.mark.parametrize(
+    ("given", "following"),
+    [
+        ("calibrate runtime.batch_size=2", "build-schedule runtime.batch_size=2 budget=0.1"),
+        ("calibrate budget=0.2", "build-schedule budget=0.2"),
+        ("calibrate experiment=demo", "eval experiment=demo"),
+        ("build-schedule method=random rho=0.5", "generate method=random rho=0.5"),
+        ("generate method=h2o budget=0.2,0.1", "eval method=h2o budget=0.2,0.1"),
+    ],
+)
+def test_the_next_stage_is_for_the_same_choices(
+    given: str, following: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    monkeypatch.setattr("heatkv_cli.cli.stages._stage_function", lambda command: lambda plan, ui: {"status": "done"})
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(given.split()) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"next: heatkv {following}"
+
+
 def test_dry_run_touches_nothing(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "runs"
     cli.run(["eval", "experiment=demo", "--out", str(out), "--dry-run", "--json"])

@@ -155,6 +155,8 @@ def test_an_infeasible_budget_names_the_smallest() -> None:
         Budget.parse(text).require(smallest_budget(TWO_B), TWO_B, "heatkv")
     with pytest.raises(BudgetError):
         prune_counts(TWO_B, Budget.parse("0.00326848"))
+    with pytest.raises(BudgetError, match="method random on"):
+        removal_schedule(TWO_B, Budget.parse("0.003"), random_orders(TWO_B, 0), "random")
 
 
 def test_counts_by_hand() -> None:
