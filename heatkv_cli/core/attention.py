@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heatkv_cli.core.table import by_length
 from heatkv_cli.core.timeline import staged
 
 CHUNK_ELEMENTS = 1 << 22  # probabilities held at once while statistics are computed: 16 MiB in float32
@@ -158,8 +159,7 @@ def joined(history: Tensor, current: Tensor, heads: Sequence[int], spare: int = 
 
 def packed_groups(k: Tensor, v: Tensor, counts: Sequence[int]) -> Iterator[Group]:
     """Heads with equally many of the packed tokens (B, number kept, D) together."""
-    for count in sorted(set(counts)):
-        heads = [h for h, n in enumerate(counts) if n == count]
+    for _, heads in by_length(counts):
         yield Group(heads, *(_heads_of(x, heads, counts) for x in (k, v)))
 
 
@@ -173,8 +173,9 @@ def _heads_of(x: Tensor, heads: Sequence[int], counts: Sequence[int]) -> Tensor:
 
 def grouped_tokens(counts: Sequence[int], keys: Callable[[int], int]) -> int:
     """The most tokens (heads x keys) that `packed_groups` and the kernel's own copy of them weigh at once."""
-    several = len(set(counts)) > 1
-    return max(counts.count(n) * (n * several + (keys(n) if keys(n) > n else 0)) for n in set(counts))
+    groups = by_length(counts)
+    several = len(groups) > 1
+    return max(len(heads) * (n * several + (keys(n) if keys(n) > n else 0)) for n, heads in groups)
 
 
 def packed(x: Tensor, chosen: Tensor) -> Tensor:

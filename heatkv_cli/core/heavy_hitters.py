@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.merging import merge_dropped
-from heatkv_cli.core.policy import Keep, Merged, Method, Visit
+from heatkv_cli.core.merging import keep_and_merge
+from heatkv_cli.core.policy import Keep, Method, Visit
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.core.selection import (
     Recent,
@@ -95,10 +95,7 @@ class HeavyHitters(Selecting):
         self._sums[visit.layer] = kept_state(sums, mask)
         if self._merge is None:
             return Keep(visit.layer, mask=mask)
-        view = visit.view()
-        visit.charge(view.k.nbytes + view.v.nbytes + 8 * view.k.numel())  # and two float32 copies of dropped tokens
-        k, v = merge_dropped(view.k, view.v, mask, view.valid, self._merge)
-        return Keep(visit.layer, mask=mask, merged=Merged(range(view.k.shape[1]), k, v))
+        return keep_and_merge(visit, mask, self._merge)
 
     def _received(self, visit: Visit) -> Tensor:
         """Attention that each token gets at this visit, (B, H, N)."""

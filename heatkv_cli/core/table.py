@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def by_length(lengths: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Heads of equal length together: (length, ascending heads), shortest first."""
+    return [(n, [head for head, each in enumerate(lengths) if each == n]) for n in sorted(set(lengths))]
+
+
 @dataclass(frozen=True)
 class LayerTable:
     """Stored tokens of a layer, head after head, without padding.
@@ -37,8 +42,7 @@ class LayerTable:
     def groups(self) -> Iterator[tuple[list[int], Tensor]]:
         """Heads of equal length and their slots (G * n,), head-major; shortest first."""
         parts = self.slots.split(list(self.lengths))
-        for length in sorted(set(self.lengths)):
-            heads = [h for h, n in enumerate(self.lengths) if n == length]
+        for _, heads in by_length(self.lengths):
             slots = self.slots if len(heads) == len(parts) else torch.cat([parts[h] for h in heads])
             yield heads, slots
 
@@ -58,10 +62,10 @@ class LayerTable:
         the whole layer and has no history copies nothing where the kernel takes the current tokens as they are.
         """
         most = 0
-        for length in set(self.lengths):
-            heads, keys = self.lengths.count(length), kernel_keys(length + current)
-            if length or heads < len(self.lengths) or keys > current:
-                most = max(most, heads * (length + keys))
+        for length, heads in by_length(self.lengths):
+            keys = kernel_keys(length + current)
+            if length or len(heads) < len(self.lengths) or keys > current:
+                most = max(most, len(heads) * (length + keys))
         return most
 
     def padded_positions(self) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.merging import merge_dropped
-from heatkv_cli.core.policy import Keep, Merged, Method, Policy, Visit
+from heatkv_cli.core.merging import keep_and_merge
+from heatkv_cli.core.policy import Keep, Method, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.core.selection import (
     SCORE_BYTES,
@@ -199,7 +199,7 @@ class _Hack(Selecting):
             mask = everything.index_copy(1, heads.to(mask.device), mask)
         merged = heads[~self._spatial[visit.layer, heads]]
         if visit.scale == self._last and self._method.merge and self._method.patterns and len(merged):
-            return _merged(visit, mask, merged)
+            return keep_and_merge(visit, mask, "similarity", merged)
         return Keep(visit.layer, mask=mask)
 
     def _queries(self, visit: Visit) -> Tensor | None:
@@ -241,14 +241,6 @@ class _Hack(Selecting):
         newest = own[:, :, columns - tokens :]
         newest.masked_fill_(best_of_patches(newest, visit.geometry.schedule, visit.scale, sides), torch.inf)
         scores.index_copy_(1, some.to(device), own)
-
-
-def _merged(visit: Visit, mask: Tensor, heads: Tensor) -> Keep:
-    """The keep, with dropped tokens of some heads folded into their kept ones."""
-    view = visit.view(heads)
-    visit.charge(view.k.nbytes + view.v.nbytes + 8 * view.k.numel() + SCORE_BYTES * view.k[..., 0].numel())
-    k, v = merge_dropped(view.k, view.v, mask[:, heads.to(mask.device)], view.valid, "similarity")
-    return Keep(visit.layer, mask=mask, merged=Merged(heads.tolist(), k, v))
 
 
 def best_of_patches(scores: Tensor, schedule: ScaleSchedule, scale: int, sides: Tensor) -> Tensor:
