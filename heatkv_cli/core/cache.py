@@ -181,15 +181,18 @@ class KVCache:
         Yields:
             Indices into `heads`, and keys (B, G, n, D).
         """
+        for group, slots in self.tables[layer].of(heads).groups():
+            yield group, self._keys(layer, slots, [heads[i] for i in group])  # holds on to none of them
+
+    def _keys(self, layer: int, slots: Tensor, heads: Sequence[int]) -> Tensor:
+        """Keys of equally long heads, (B, G, n, D); `slots` of their history."""
         visit = self._visiting(layer)
         assert visit is not None  # other layers have no queries to look with
-        for group, slots in self.tables[layer].of(heads).groups():
-            stored = self.pool.k.index_select(1, slots.to(self.pool.k.device, non_blocking=True))
-            history = stored.view(self.rows, len(group), len(slots) // len(group), stored.shape[2])
-            keys = joined(history, visit.k, [heads[i] for i in group])
-            self.charge(history.nbytes + keys.nbytes)
-            del stored, history
-            yield group, keys
+        stored = self.pool.k.index_select(1, slots.to(self.pool.k.device, non_blocking=True))
+        shape = (self.rows, len(heads), len(slots) // len(heads), self.geometry.head_dim)
+        keys = joined(stored.view(shape), visit.k, heads)
+        self.charge(stored.nbytes + keys.nbytes)
+        return keys
 
     def view(self, layer: int, heads: Tensor | None = None) -> View:
         """Keys and values of [cache, current], heads padded to equal length; not to be written to."""

@@ -104,10 +104,9 @@ class Visit:
             queries: long (n,), indices of the current scale's queries; few (n <= 64).
         """
 
-        def look(q: Tensor, keys: Tensor) -> Tensor:
+        def look(q: Tensor, keys: Tensor) -> tuple[Tensor, int]:
             found = probabilities(q, keys, self.softmax_scale)
-            self._charge_scores(q, keys, 2 * found.nbytes)
-            return found
+            return found, 2 * found.nbytes
 
         return self.by_column(self._of(queries), look)
 
@@ -121,22 +120,26 @@ class Visit:
             heads: long, of which; None is all of them.
         """
 
-        def look(q: Tensor, keys: Tensor) -> Tensor:
+        def look(q: Tensor, keys: Tensor) -> tuple[Tensor, int]:
             mass = column_mass(q, keys, self.softmax_scale)
             held = min(chunk_queries(keys), q.shape[2])  # of two chunks, while the one before is let go
-            self._charge_scores(q, keys, (3 * held + 1) * mass.nbytes)
-            return mass
+            return mass, (3 * held + 1) * mass.nbytes
 
         return self.by_column(self._of(queries), look, heads, -torch.inf)
 
     def by_column(
-        self, q: Tensor, look: Callable[[Tensor, Tensor], Tensor], heads: Tensor | None = None, padding: float = 0.0
+        self,
+        q: Tensor,
+        look: Callable[[Tensor, Tensor], tuple[Tensor, int]],
+        heads: Tensor | None = None,
+        padding: float = 0.0,
     ) -> Tensor:
         """What some queries make of the keys of [cache, current]; of heads that differ in length, none is padded.
 
         Args:
             q: (B, H, n, D).
-            look: from queries and keys of some heads, (B, G, n, D) and (B, G, M, D), to a number per key, (..., M).
+            look: from queries and keys of some heads, (B, G, n, D) and (B, G, M, D), to a number per key, (..., M), and
+                the most bytes that were alive meanwhile beside queries and keys.
             heads: long, of which; None is all of them.
             padding: what columns get in which a head has no token.
 
@@ -146,9 +149,12 @@ class Visit:
         chosen = list(range(q.shape[1])) if heads is None else heads.tolist()
         columns, current, found = self.positions().shape[2], self.k.shape[2], None
         for group, keys in self.cache.keys(self.layer, chosen):
-            part = look(of_heads(q, [chosen[i] for i in group]), keys)
+            queries = of_heads(q, [chosen[i] for i in group])
+            part, held = look(queries, keys)
+            self._charge_scores(queries, keys, held + (0 if found is None else found.nbytes))
             if part.shape[1] == len(chosen) and part.shape[-1] == columns:
                 return part
+            del keys  # before the next ones are read
             if found is None:
                 found = part.new_full((len(part), len(chosen), *part.shape[2:-1], columns), padding)
             stored = part.shape[-1] - current

@@ -233,9 +233,9 @@ class _ScaleKV(Selecting):
         raw = visit.raw_query()
         total = raw[:, :, queries.to(raw.device)].float().sum(2, keepdim=True)  # of the logits, since they are linear
 
-        def look(q: Tensor, keys: Tensor) -> Tensor:
-            visit.charge(raw.nbytes + 2 * keys.nbytes + SCORE_BYTES * keys[..., 0].numel())
-            return (q @ keys.float().transpose(-1, -2)).squeeze(2).mul_(raw.shape[-1] ** -0.5)
+        def look(q: Tensor, keys: Tensor) -> tuple[Tensor, int]:
+            scores = (q @ keys.float().transpose(-1, -2)).squeeze(2).mul_(raw.shape[-1] ** -0.5)
+            return scores, raw.nbytes + SCORE_BYTES * scores.numel()
 
         scores = visit.by_column(total, look)
         scores = share_rows(scores, visit.cond) if self._window.share_cfg else scores

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 
 import pytest
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heatkv_cli.core.artifacts import Schedule
+from heatkv_cli.core.attention import joined
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.orders import random_orders
@@ -259,6 +260,38 @@ def test_what_a_policy_copies_is_charged_to_beta_work() -> None:
     booked = cache.ledger.work_peak - cache.ledger.alloc_bytes
     stored = GEOMETRY.schedule.peak_tokens * ROWS * GEOMETRY.bytes_per_token  # read from the pool, then copied
     assert max(policy.beside) == booked - stored
+
+
+class Uneven(Policy):
+    """Heads of three lengths; looks at all their keys."""
+
+    def __init__(self) -> None:
+        super().__init__(GEOMETRY.full_tokens)
+
+    def before_attend(self, visit: Visit) -> Keep | None:
+        visit.by_column(visit.q, lambda q, keys: (keys.sum(-1), 0))
+        return None
+
+    def after_attend(self, visit: Visit) -> Iterable[Keep]:
+        segments = torch.ones(GEOMETRY.num_heads, GEOMETRY.num_scales, dtype=torch.bool)
+        for head in range(GEOMETRY.num_heads):
+            segments[head, : head % 3] = False
+        return (Keep(visit.layer, segments=segments),)
+
+
+def test_keys_of_one_group_are_gone_when_the_next_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, weighed = KVCache(GEOMETRY, Uneven(), ROWS, 1), []
+
+    def spy(history: Tensor, current: Tensor, heads: Sequence[int]) -> Tensor:
+        if cache.scale:
+            scale = 2 * current.nbytes  # the current keys and values
+            weighed.append((held_bytes(cache) - cache.ledger.alloc_bytes - scale, history.nbytes))
+        return joined(history, current, heads)
+
+    monkeypatch.setattr("heatkv_cli.core.cache.joined", spy)
+    generate(cache)
+    assert len(weighed) > 2 * GEOMETRY.num_layers * (GEOMETRY.num_scales - 1)
+    assert all(measured == history for measured, history in weighed)
 
 
 class Tagging:
