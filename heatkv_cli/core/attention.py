@@ -195,22 +195,24 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
     return dense
 
 
-def aligned(history: Tensor, current: Tensor, lengths: Sequence[int], width: int) -> Tensor:
-    """Heads of unequal length beside each other: (B, H, width + N, D), zeros between a short history and the rest.
+def aligned(history: Tensor, current: Tensor, heads: Sequence[int], lengths: Sequence[int], width: int) -> Tensor:
+    """Heads of unequal length beside each other: (B, G, width + N, D), zeros between a short history and the rest.
 
     Args:
         history: (B, sum of lengths, D), head after head.
-        current: (B, H, N, D), of the same heads.
-        lengths: tokens of each head's history; at most `width`.
+        current: (B, H, N, D), of all heads.
+        heads: which of them the histories are of.
+        lengths: tokens of each history; at most `width`.
         width: where the current tokens begin.
     """
     if not width:
-        return current
+        return of_heads(current, heads)
     if min(lengths) == width:
-        return joined(history.view(len(history), len(lengths), width, -1), current, range(len(lengths)))
+        return joined(history.view(len(history), len(lengths), width, -1), current, heads)
     columns = torch.arange(width + current.shape[2])
     dense = spread(history, (columns < torch.tensor(lengths)[:, None]).unsqueeze(0))
-    dense[:, :, width:] = current
+    for row, head in enumerate(heads):
+        dense[:, row, width:] = current[:, head]
     return dense
 
 

@@ -21,7 +21,6 @@ from heatkv_cli.core.attention import (
     joined,
     kernel_keys,
     masked_attention,
-    of_heads,
     packed,
     packed_groups,
     spread,
@@ -205,7 +204,7 @@ class KVCache:
         current = (nothing, nothing) if visit is None else (visit.k, visit.v)
         slots = table.slots.to(self.pool.k.device, non_blocking=True)
         sources = zip((self.pool.k, self.pool.v), current, strict=True)
-        k, v = (aligned(x.index_select(1, slots), of_heads(y, chosen), table.lengths, width) for x, y in sources)
+        k, v = (aligned(x.index_select(1, slots), y, chosen, table.lengths, width) for x, y in sources)
         self._working(positions.shape[1] * positions.shape[2] + len(slots))
         return View(k, v, positions)
 
