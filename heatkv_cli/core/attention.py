@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heatkv_cli.core.table import by_length
+from heatkv_cli.core.table import LayerTable, by_length
 from heatkv_cli.core.timeline import staged
 
 CHUNK_ELEMENTS = 1 << 22  # probabilities held at once while statistics are computed: 16 MiB in float32
@@ -138,7 +138,7 @@ def _packed(history: Tensor, current: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def of_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
-    """Some heads of (B, H, N, D). Views, stacked: several times faster than an index, and no wait for a device."""
+    """Heads of (B, H, N, D), ascending. Stacked views: several times faster than an index, and no wait for a device."""
     return x if len(heads) == x.shape[1] else torch.stack([x[:, head] for head in heads], 1)
 
 
@@ -166,7 +166,7 @@ def packed_groups(k: Tensor, v: Tensor, counts: Sequence[int]) -> Iterator[Group
 def _heads_of(x: Tensor, heads: Sequence[int], counts: Sequence[int]) -> Tensor:
     """Equally long heads of packed tokens (B, number kept, D), beside each other: (B, G, n, D)."""
     if len(heads) == len(counts):
-        return x.view(len(x), len(counts), -1, x.shape[-1])
+        return beside(x, len(heads))
     parts = x.split(list(counts), 1)
     return torch.stack([parts[h] for h in heads], 1)
 
@@ -195,22 +195,26 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
     return dense
 
 
-def aligned(history: Tensor, current: Tensor, heads: Sequence[int], lengths: Sequence[int], width: int) -> Tensor:
+def beside(x: Tensor, heads: int) -> Tensor:
+    """Packed tokens (B, heads * n, D) of equally long heads beside each other: (B, heads, n, D)."""
+    return x.view(len(x), heads, x.shape[1] // heads, x.shape[2])
+
+
+def aligned(history: Tensor, current: Tensor, heads: Sequence[int], table: LayerTable, width: int) -> Tensor:
     """Heads of unequal length beside each other: (B, G, width + N, D), zeros between a short history and the rest.
 
     Args:
         history: (B, sum of lengths, D), head after head.
         current: (B, H, N, D), of all heads.
         heads: which of them the histories are of.
-        lengths: tokens of each history; at most `width`.
+        table: of these heads; none is longer than `width`.
         width: where the current tokens begin.
     """
     if not width:
         return of_heads(current, heads)
-    if min(lengths) == width:
-        return joined(history.view(len(history), len(lengths), width, -1), current, heads)
-    columns = torch.arange(width + current.shape[2])
-    dense = spread(history, (columns < torch.tensor(lengths)[:, None]).unsqueeze(0))
+    if min(table.lengths) == width:
+        return joined(beside(history, len(heads)), current, heads)
+    dense = spread(history, table.occupied(width + current.shape[2]).unsqueeze(0))
     for row, head in enumerate(heads):
         dense[:, row, width:] = current[:, head]
     return dense

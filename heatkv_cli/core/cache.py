@@ -16,6 +16,7 @@ from torch import Tensor
 from heatkv_cli.core.attention import (
     Group,
     aligned,
+    beside,
     grouped_attention,
     grouped_tokens,
     joined,
@@ -188,23 +189,21 @@ class KVCache:
         visit = self._visiting(layer)
         assert visit is not None  # other layers have no queries to look with
         stored = self.pool.k.index_select(1, slots.to(self.pool.k.device, non_blocking=True))
-        shape = (self.rows, len(heads), len(slots) // len(heads), self.geometry.head_dim)
-        keys = joined(stored.view(shape), visit.k, heads)
+        keys = joined(beside(stored, len(heads)), visit.k, heads)
         self.charge(stored.nbytes + keys.nbytes)
         return keys
 
     def view(self, layer: int, heads: Tensor | None = None) -> View:
         """Keys and values of [cache, current], heads padded to equal length; not to be written to."""
         visit, table, positions = self._visiting(layer), self.tables[layer], self.positions(layer)
-        every, width = range(self.geometry.num_heads), max(table.lengths)
-        chosen = every if heads is None else heads.tolist()
+        chosen, width = range(self.geometry.num_heads) if heads is None else heads.tolist(), max(table.lengths)
         if heads is not None:
             table, positions = table.of(chosen), positions[:, heads]
-        nothing = self.pool.k[:, None, :0].expand(-1, len(every), -1, -1)
+        nothing = self.pool.k[:, None, :0].expand(-1, self.geometry.num_heads, -1, -1)
         current = (nothing, nothing) if visit is None else (visit.k, visit.v)
         slots = table.slots.to(self.pool.k.device, non_blocking=True)
         sources = zip((self.pool.k, self.pool.v), current, strict=True)
-        k, v = (aligned(x.index_select(1, slots), y, chosen, table.lengths, width) for x, y in sources)
+        k, v = (aligned(x.index_select(1, slots), y, chosen, table, width) for x, y in sources)
         self._working(positions.shape[1] * positions.shape[2] + len(slots))
         return View(k, v, positions)
 
@@ -264,8 +263,7 @@ class KVCache:
     def _history(self, table: LayerTable) -> Iterator[Group]:
         """Copies of a layer's stored tokens, group by group; holds on to none of them."""
         for heads, slots in table.groups():
-            shape = (self.rows, len(heads), slots.numel() // len(heads), self.geometry.head_dim)
-            yield Group(heads, *(stored.view(shape) for stored in self.pool.read(slots)))
+            yield Group(heads, *(beside(stored, len(heads)) for stored in self.pool.read(slots)))
 
     def _working(self, copied: int, scores: int = 0) -> None:
         """Book the current scale, `copied` tokens (heads x tokens) and bytes of scores as alive beside the pool."""

@@ -116,18 +116,19 @@ class _CAKE(Selecting):
     def _observe(self, visit: Visit) -> Tensor:
         """Scores of the visit's tokens, infinite for the window's own; notes the layer's preference."""
         queries = self._window.queries(visit)
-        own = self._window.columns(visit, queries).to(visit.q.device)
+        own = self._window.columns(visit, queries)
         weights = visit.attention(queries)
         mean = weights.mean(2)
         spread = (weights - mean.unsqueeze(2)).square_().mean(2)
         # p log p by a clamped logarithm: several times as fast as torch.special.entr
         entropy = weights.clamp(min=torch.finfo(weights.dtype).tiny).log_().mul_(weights).sum(2).neg_()
         del weights  # the largest buffer goes before scores are pooled
-        entropy, variance = (x.masked_fill(own, 0).sum((1, 2), dtype=torch.float64) for x in (entropy, spread))
+        there = own.to(spread.device)
+        entropy, variance = (x.masked_fill(there, 0).sum((1, 2), dtype=torch.float64) for x in (entropy, spread))
         preference = entropy ** (1 / self._method.tau1) * variance ** (1 / self._method.tau2)
         self._preference[visit.layer] = preference.mean().item()
         scores = self._window.pooled(visit, mean + self._method.gamma * spread, own)
-        return scores.masked_fill_(own, torch.inf)
+        return scores.masked_fill_(there, torch.inf)
 
     def _caps(self, visit: Visit) -> list[int]:
         """Tokens that each layer should have now: fresh preferences up to this layer, the last scale's behind it."""

@@ -225,6 +225,8 @@ class _Hack(Selecting):
         -infinity, and the best current token of every patch is protected instead of all.
         """
         spatial, caps, device = self._spatial[visit.layer, heads], self._caps[visit.layer, heads], scores.device
+        if not bool(spatial.any()):
+            return
         columns, tokens, recent = scores.shape[2], visit.k.shape[2], self._method.keep_recent
         crowded = spatial & (caps < tokens) & recent
         room = torch.where(crowded | (not recent), caps, caps - tokens).clamp(min=0)

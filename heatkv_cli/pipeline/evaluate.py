@@ -114,10 +114,6 @@ def _announce(jobs: list[tuple[Job, Job]], ui: Console) -> None:
     )
 
 
-def _metrics(cfg: RunConfig) -> dict[str, Metric]:
-    return {config.name: setup.metric_of(config, cfg) for config in cfg.metrics}
-
-
 def _against_full(metric: Metric) -> bool:
     """Whether the number only means something beside the full run's images."""
     return metric.kind == "paired" or (isinstance(metric, SetMetric) and metric.reference == "full")
@@ -126,7 +122,7 @@ def _against_full(metric: Metric) -> bool:
 def _evaluate(job: Job, full: Evaluated | None, models: Models, ui: Console) -> Evaluated:
     """One run: its passes, then its metrics. `full` is None for the reference itself."""
     run_pass(job, FREE, models, ui)
-    metrics = _metrics(job.cfg)
+    metrics = setup.metrics_of(job.cfg)
     if full is None:  # compared with itself: nothing to measure
         metrics = {name: metric for name, metric in metrics.items() if not _against_full(metric)}
     for kind in dict.fromkeys(metric.needs for metric in metrics.values()):
@@ -247,7 +243,7 @@ def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
         **_about(cfg, plan), "run_id": job.run_id, "weights_sha256": job.weights_sha256, "method_args_json": args,
         "schedule_sha256": job.schedule.sha256 if job.schedule else None, "status": "ok", **costs,
     }  # fmt: skip
-    metrics = _metrics(cfg)
+    metrics = setup.metrics_of(cfg)
     for name, measured in item.measured.items():
         reference = cfg.reference.name if _against_full(metrics[name]) else getattr(metrics[name], "reference", None)
         for row in metric_rows(metrics[name], measured):
@@ -267,7 +263,7 @@ def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
 
 def _infeasible_rows(point: Infeasible, plan: Plan) -> Iterable[dict[str, Any]]:
     """One row per metric, without a value."""
-    for name, metric in _metrics(point.cfg).items():
+    for name, metric in setup.metrics_of(point.cfg).items():
         yield {
             **_about(point.cfg, plan), "run_id": point.run_id, "status": "infeasible", "reason": point.error.message,
             "metric": name, "metric_version": metric.version, "unit": metric.unit,
@@ -291,7 +287,7 @@ def _about(cfg: RunConfig, plan: Plan) -> dict[str, Any]:
 
 def _print_table(items: list[Evaluated], infeasible: list[Infeasible], ui: Console) -> None:
     names = list(dict.fromkeys(name for item in items for name in item.measured))
-    units = {name: metric.unit for item in items for name, metric in _metrics(item.job.cfg).items()}
+    units = {name: metric.unit for item in items for name, metric in setup.metrics_of(item.job.cfg).items()}
     columns = [
         "method",
         "budget",

@@ -55,7 +55,7 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
         ArtifactError: a name is double, an image has no prompt, or no image has a reference of its name.
     """
     cfg = plan.first
-    metrics = {config.name: setup.metric_of(config, cfg) for config in cfg.metrics}
+    metrics = setup.metrics_of(cfg)
     _check_needs(plan, metrics, sources)
     if sources.reference is not None and not sources.reference.exists():
         raise SetupError(f"there is no reference {sources.reference}", "check the path of --reference")

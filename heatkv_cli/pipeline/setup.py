@@ -61,6 +61,11 @@ def prompts_of(config: BenchmarkConfig) -> tuple[PromptSet, int]:
     return benchmark.load(), benchmark.samples_per_prompt
 
 
+def metrics_of(cfg: RunConfig) -> dict[str, Metric]:
+    """The metrics of a run, by name."""
+    return {config.name: metric_of(config, cfg) for config in cfg.metrics}
+
+
 def metric_of(config: MetricConfig, cfg: RunConfig) -> Metric:
     """The metric; device and folder of weights are those of the run unless its own config names others."""
     folder = None if cfg.random_weights else cfg.weights
