@@ -89,7 +89,7 @@ class TrainingAttention:
         self.spans = [(0, len(level), mask), *((a, b, None) for a, b in pairwise(ends[merged - 1 :]))]
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
     ) -> Tensor:
         return BlockCausal.apply(q, k, v, self.spans)
 
@@ -187,7 +187,7 @@ class FullAttention:
         self.past: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float
     ) -> Tensor:
         if layer in self.past:
             k, v = (torch.cat(pair, 2) for pair in zip(self.past[layer], (k, v), strict=True))

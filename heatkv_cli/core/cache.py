@@ -6,7 +6,7 @@ dense], observers, policy after attention, pool, ledger. The last scale stores n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -112,7 +112,6 @@ class KVCache:
         k: Tensor,
         v: Tensor,
         softmax_scale: float,
-        raw_query: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Attention of one layer at the current scale, and everything that follows from it.
 
@@ -120,7 +119,6 @@ class KVCache:
             layer: 0..L-1, in order within a scale.
             q, k, v: (B, H, N, D), exactly what attention multiplies.
             softmax_scale: factor of q k^T.
-            raw_query: handed on to the policy, see `Visit`.
 
         Returns:
             (B, H, N, D).
@@ -130,7 +128,7 @@ class KVCache:
             ValueError: tensors of another shape than the geometry says, or a policy's answer that makes no sense.
         """
         self._check(layer, q, k, v)
-        visit = Visit(layer, self.scale, q, k, v, softmax_scale, self.cond, self.geometry, self, raw_query)
+        visit = Visit(layer, self.scale, q, k, v, softmax_scale, self.cond, self.geometry, self)
         self._visit = visit
         with stage("policy"):
             before = self.policy.before_attend(visit)

@@ -1,22 +1,19 @@
-"""The contracts between the cache and what decides: Method -> Policy -> Keep, and Observer.
+"""The contract between the cache and what decides: Visit -> Policy -> Keep, and Observer.
 
-A method is the paper: its parameters, and how budget and calibration become a plan. A policy is that plan at work in
-one generation: it sees each visit and answers with what to keep. It never touches storage.
+A policy is a method at work in one generation: it sees each visit and answers with what to keep. It never touches
+storage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.artifacts import Orders, Schedule
 from heatkv_cli.core.attention import chunk_queries, column_mass, of_heads, probabilities
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.scales import Geometry
 
 
@@ -68,8 +65,7 @@ class Visit:
     """Layer `layer` processing scale `scale`.
 
     Shapes: q, k, v (B, H, N, D) of the current scale, exactly what attention multiplies (normalised, rotated).
-    `cond`: the conditional rows; the others are guidance. `raw_query`: makes the bare projection of q, (B, H, N, D)
-    without bias, normalisation, temperature and rotation, for methods that ask; None where the model has none to give.
+    `cond`: the conditional rows; the others are guidance.
     """
 
     layer: int
@@ -81,7 +77,6 @@ class Visit:
     cond: slice
     geometry: Geometry
     cache: Candidates
-    raw_query: Callable[[], Tensor] | None = None
 
     def view(self, heads: Tensor | None = None) -> View:
         """[cache, current] of this layer, copied together; for methods that look at values too.
@@ -232,61 +227,6 @@ class Policy:
     def after_attend(self, visit: Visit) -> Iterable[Keep]:
         """Choose after attention what is stored, for this layer or any other. Not asked at the last scale."""
         return ()
-
-
-Granularity = Literal["token", "atom", "-"]
-"""What is kept or dropped as one: a token of a head, an atom (all tokens of a scale in a head), nothing."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """Base of all methods: a frozen dataclass whose fields are the paper's parameters.
-
-    Class attributes:
-        scheduled: the method runs a precomputed `Schedule`, made by `build_schedule`.
-        granularity: what is kept or dropped as one.
-    """
-
-    scheduled: ClassVar[bool] = False
-    granularity: ClassVar[Granularity] = "token"
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the method reads the calibration: its orders in `build_schedule`, or all of it in `policy`."""
-        return False
-
-    def build_schedule(self, geometry: Geometry, budget: Budget, orders: Orders | None) -> Schedule:
-        """Plan ahead of any image.
-
-        Args:
-            geometry, budget: what to plan for.
-            orders: removal orders, of a calibration or of a file; None unless `calibrated`.
-
-        Raises:
-            BudgetError: the budget is too small for the method.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no schedule")
-
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
-        """A fresh policy for one generation.
-
-        Args:
-            geometry, budget: what it runs on, and what it may keep.
-            schedule: of methods that are `scheduled`.
-            rows: batch rows, guidance rows included.
-            calibration: of methods that are `calibrated` and not scheduled.
-
-        Raises:
-            BudgetError: the budget is too small for the method.
-        """
-        raise NotImplementedError
 
 
 class Observer(Protocol):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from heatkv_cli.benchmarks.base import DATA, Benchmark, OnHub
-from heatkv_cli.config import RunConfig, build_leaf
+from heatkv_cli.config import RunConfig
 from heatkv_cli.console import Console, size_text
 from heatkv_cli.errors import ConfigError, SetupError
 from heatkv_cli.models.weights import WeightFile, asset, damage, lacking, places
@@ -95,6 +95,8 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
     if not wanted:
         ui.say(f"model {model}: nothing to fetch, all files are there")
         return {"model": model, "files": [], "bytes": 0, "revisions": {}}
+    if not dry_run:
+        hub()  # told before anything is asked of it
     commits, sizes = ({}, {}) if dry_run else _ask(model, wanted, target)
     plan = [
         {"repository": file.repository, "path": path, "bytes": sizes.get((file.repository, path))}
@@ -147,6 +149,8 @@ def _ask(
 
 def _failures() -> tuple[type[Exception], ...]:
     """What the hub raises when it cannot be reached or refuses: its HTTP library's errors are not all OSErrors."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return (OSError,)
     http = getattr(importlib.import_module("huggingface_hub.errors"), "HTTPError", OSError)
     return (OSError, http)
 
@@ -224,7 +228,7 @@ def download_benchmark(run: RunConfig, ui: Console, dry_run: bool = False, image
         SetupError: the benchmark is not on the hub, the hub cannot be reached, the disk is too small, or what came is
             not the list that the YAML describes; says where to get it by hand.
     """
-    benchmark = build_leaf(run.benchmark, Benchmark, where="benchmark")
+    benchmark = run.benchmark.object
     label, source = f"benchmark {benchmark.name}", benchmark.hub
     if images and not (source and source.images):
         raise ConfigError(f"{label} has no images on the hub", "leave --images away")
@@ -238,6 +242,8 @@ def download_benchmark(run: RunConfig, ui: Console, dry_run: bool = False, image
             )
         ui.say(f"{label}: nothing to fetch, {len(benchmark.load())} prompts are there")
         return {"benchmark": benchmark.name, "files": [], "bytes": 0, "revisions": {}}
+    if not dry_run:
+        hub()
     if dry_run:
         total, revisions = source.bytes * (set(wanted) != {source.images}), {}
         total += source.images_bytes * (source.images in wanted)

@@ -14,9 +14,10 @@ import pytest
 
 from heatkv_cli.cli import run
 from heatkv_cli.config import compose
-from heatkv_cli.pipeline import bench, bench_table, setup
+from heatkv_cli.pipeline import bench, bench_table
 from heatkv_cli.pipeline.bench_table import Pass, numbers
 from heatkv_cli.pipeline.process_memory import Memory
+from heatkv_cli.planning import job
 
 Capture = pytest.CaptureFixture[str]
 Row = dict[str, str]
@@ -257,4 +258,4 @@ def test_batches_of_bench_are_one_image_unless_named() -> None:
     assert compose([], command="bench").first.runtime.batch_size == 1
     assert compose(["runtime.batch_size=4"], command="bench").first.runtime.batch_size == 4
     assert compose([], command="eval").first.runtime.batch_size == 8
-    assert setup.seed_of(compose([], command="bench").first, "a", 0, 0) == setup.seed_of(compose([]).first, "a", 0, 0)
+    assert job.seed_of(compose([], command="bench").first, "a", 0, 0) == job.seed_of(compose([]).first, "a", 0, 0)

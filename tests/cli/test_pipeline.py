@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+from heatkv_cli.calibration.calibration import Calibration
 from heatkv_cli.cli import run
-from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.pipeline.generate import bit_kl
 
 Capture = pytest.CaptureFixture[str]

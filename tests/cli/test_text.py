@@ -22,7 +22,8 @@ from heatkv_cli.config import compose
 from heatkv_cli.console import Console
 from heatkv_cli.errors import ArtifactError, SetupError
 from heatkv_cli.models.infinity.text_t5 import T5Encoder
-from heatkv_cli.pipeline import generate, setup
+from heatkv_cli.pipeline import generate
+from heatkv_cli.planning import job
 from heatkv_cli.results import RunFolder, read_meta
 
 SMALL = [
@@ -129,8 +130,8 @@ def test_precision_and_positive_prompt_reach_the_encoder(weights: Path, tmp_path
     features = []
     for change in ("t5_dtype=float16", "t5_dtype=bfloat16"):
         cfg = compose([*SMALL, f"weights={weights}", f"out={tmp_path}", f"model.params.{change}"]).first
-        model = setup.load_model(cfg, setup.weight_files(cfg))
-        model.prepare(["a red circle"], setup.text_root(cfg))
+        model = job.load_model(cfg, job.Resolver().weights(cfg)[0])
+        model.prepare(["a red circle"], cfg.text_root)
         features.append(model.encode(["a red circle"]).features)
     assert 0 < (features[0] - features[1]).abs().max() < 0.2
     assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 2

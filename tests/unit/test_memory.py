@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.attention import joined
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.orders import random_orders
-from heatkv_cli.core.policy import Keep, Method, Policy, Visit
+from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
+from heatkv_cli.methods.base import Method, Setting
 from heatkv_cli.methods.full import Full
 from heatkv_cli.methods.heatkv import HeatKV
+from heatkv_cli.methods.heatkv.schedule import Schedule
 from heatkv_cli.methods.sinks import Sinks
 from heatkv_cli.methods.streaming import Streaming
 from heatkv_cli.models.base import Sampling
@@ -50,8 +50,8 @@ cases = pytest.mark.parametrize(("method", "text"), CASES, ids=lambda value: str
 
 def policy_of(method: Method, text: str) -> tuple[Policy, Schedule | None]:
     budget = Budget.parse(text)
-    schedule = method.build_schedule(GEOMETRY, budget, random_orders(GEOMETRY, 0)) if method.scheduled else None
-    return method.policy(GEOMETRY, budget, schedule, ROWS), schedule
+    schedule = method.plan(Setting(GEOMETRY, budget, ROWS)) if method.plan_type else None
+    return method.policy(Setting(GEOMETRY, budget, ROWS, plan=schedule)), schedule  # type: ignore[return-value]
 
 
 @pytest.fixture(autouse=True)
@@ -301,9 +301,7 @@ class Tagging:
         self.cache, self.generator = cache, torch.Generator().manual_seed(0)
         self.weighed: list[int] = []
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         k, v = (tag(tuple(k.shape), value, self.generator) for value in (K_TAG, V_TAG))
         y = self.cache.attend(layer, q * 1e-4, k, v, softmax_scale)
         del k, v
@@ -324,7 +322,7 @@ def test_a_model_s_generation_holds_the_pool_alone(text: str) -> None:
     transformer = Infinity(InfinityConfig(2, 64, 4, 1, codes, text_channels=128, text_length=5))
     model = InfinityModel(geometry, transformer.eval().requires_grad_(False), tokenizer, None, (4, 4))
     method, budget = HeatKV(order="random"), Budget.parse(text)
-    policy = method.policy(geometry, budget, method.build_schedule(geometry, budget, None), 4)
+    policy = method.policy(Setting(geometry, budget, 4))
     seam = Tagging(KVCache(geometry, policy, 4, 2))
     sampling, prompts = Sampling((2.0,) * 4, (1.0,) * 4), Text.pack([torch.randn(5, 128), torch.randn(3, 128)])
     trace = model.generate(prompts, sampling, seam, [torch.Generator().manual_seed(i) for i in range(2)])

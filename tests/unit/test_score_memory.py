@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from heatkv_cli.calibration.calibration import Calibration
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.policy import Method, Policy, Visit
+from heatkv_cli.core.policy import Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
+from heatkv_cli.methods.base import Method, Setting
 from heatkv_cli.methods.cake import CAKE
 from heatkv_cli.methods.h2o import H2O
 from heatkv_cli.methods.hack import Hack
@@ -78,7 +79,7 @@ METHODS = [
     MEDA(),
     MEDA(timing="before"),
     ScaleKV(),
-    ScaleKV(faithful=True, share_cfg=True),
+    ScaleKV(share_cfg=True),
     Hack(),
     Hack(share_cfg=True, queries="full"),
     Hack(timing="after"),
@@ -99,7 +100,7 @@ def calibration() -> Calibration:
 def test_scores_are_charged(method: Method, text: str) -> None:
     """At every visit the bytes booked while the policy decides are no less than there are, stored state aside."""
     budget = Budget.parse(text)
-    policy = method.policy(GEOMETRY, budget, None, ROWS, calibration() if method.calibrated else None)
+    policy = method.policy(Setting(GEOMETRY, budget, ROWS, calibration=calibration() if method.calibrated else None))
     cache = KVCache(GEOMETRY, policy, ROWS, 1, budget=budget)
     generator, chosen = torch.Generator().manual_seed(0), 0
     place = "before_attend" if getattr(method, "timing", "after") == "before" else "after_attend"
@@ -125,7 +126,7 @@ def test_scores_are_charged(method: Method, text: str) -> None:
     for tokens in GEOMETRY.schedule.lengths:
         for layer in range(GEOMETRY.num_layers):
             q, k, v = torch.randn(3, ROWS, GEOMETRY.num_heads, tokens, GEOMETRY.head_dim, generator=generator)
-            cache.attend(layer, q, k, v, 0.35, q.clone)
+            cache.attend(layer, q, k, v, 0.35)
         cache.end_scale()
     assert chosen
     assert type(cache.policy) is not Policy

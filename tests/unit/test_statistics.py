@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from heatkv_cli.calibration.calibration import Calibration
+from heatkv_cli.calibration.statistics import AttentionStatistics, concatenate
 from heatkv_cli.core import attention
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.core.statistics import AttentionStatistics, concatenate
 
 GEOMETRY = Geometry("toy", 2, 3, 4, ScaleSchedule(((1, 1), (2, 1), (1, 3), (2, 2))), 1)
 K, LENGTHS, OFFSETS = GEOMETRY.num_scales, GEOMETRY.schedule.lengths, GEOMETRY.schedule.offsets

@@ -6,14 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from heatkv_cli.core.artifacts import Orders, Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.orders import random_orders
-from heatkv_cli.core.policy import Granularity, Keep, Method, Policy, Visit
-from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.schedule import removal_schedule
-from heatkv_cli.errors import ConfigError
+from heatkv_cli.core.policy import Keep, Policy, Visit
+from heatkv_cli.methods.base import Granularity, Method, Setting, at_least
+from heatkv_cli.methods.heatkv.orders import calibrated_orders, load_orders, random_orders
+from heatkv_cli.methods.heatkv.schedule import Schedule
+from heatkv_cli.methods.heatkv.scheduler import removal_schedule
 
 
 @dataclass(frozen=True)
@@ -31,45 +28,39 @@ class HeatKV(Method):
         order_seed: of the random ranking.
 
     Source: arXiv 2605.14877, sections 3 and 4; counts, schedule and timing checked against arm-research/heatkv
-    @ 96dc288 by the hashes in tests/golden (specs/methods.md 1).
+    @ 96dc288 by the hashes in tests/golden.
     Differs: one pool for all layers in place of per-layer slabs, so the bytes reserved are the schedule's peak (17.6 %
     upstream at a nominal 10 %); keys are stored in the model's dtype after rotation (float32 upstream).
     """
 
     order: Literal["scas", "random"] = "scas"
     order_seed: int = 0
-    scheduled: ClassVar[bool] = True
     granularity: ClassVar[Granularity] = "atom"
+    plan_type: ClassVar[type[Schedule]] = Schedule
 
     def __post_init__(self) -> None:
-        if self.order not in ("scas", "random"):
-            raise ConfigError(f"method heatkv: order is {self.order!r}", "one of: scas, random")
+        super().__post_init__()
+        at_least(self, order_seed=0)
 
     @property
     def calibrated(self) -> bool:
         """The random control needs no calibration."""
         return self.order == "scas"
 
-    def build_schedule(self, geometry: Geometry, budget: Budget, orders: Orders | None) -> Schedule:
-        """Plan all removals; see `core.schedule`."""
+    def plan(self, setting: Setting) -> Schedule:
+        """Plan all removals; see `scheduler`."""
         if not self.calibrated:
-            orders = random_orders(geometry, self.order_seed)
-        if orders is None:
-            raise ConfigError("method heatkv needs removal orders", "heatkv calibrate, or --orders FILE")
-        return removal_schedule(geometry, budget, orders, "heatkv" if self.calibrated else "random")
+            orders = random_orders(setting.geometry, self.order_seed)
+        elif setting.orders is not None:
+            orders = load_orders(setting.orders, setting.geometry, setting.orders_at)
+        else:
+            orders = calibrated_orders(setting.need_calibration())
+        return removal_schedule(setting.geometry, setting.budget, orders, setting.name)
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """The schedule at work."""
-        if schedule is None:
-            raise ConfigError("method heatkv needs a schedule", "heatkv build-schedule method=heatkv")
-        schedule.check(geometry)
+        schedule = self.plan(setting) if setting.plan is None else setting.plan
+        schedule.check(setting.geometry)
         return _Scheduled(schedule)
 
 

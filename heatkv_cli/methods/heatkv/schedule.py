@@ -1,9 +1,8 @@
-"""The two artifacts: Schedule (which atom goes when), here, and Calibration, in `calibration.py`.
+"""HeatKV's schedule: when each atom is attended for the last time, as tensors and as a file.
 
-Stages hand them over as files; methods read them. A Schedule is a plan for one model, resolution and budget that is
-the same for every prompt and batch row; a Calibration is measured once and serves every budget.
+A schedule is the plan for one model, resolution and budget; it is the same for every prompt and batch row.
 
-Source: arXiv 2605.14877; canonical hashes as in golden/heatkv_schedules.json (specs/methods.md 1.1-1.4, design.md 10).
+Source: arXiv 2605.14877; canonical hashes as in tests/golden/data/heatkv_schedules.json.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.artifact_file import (
+from heatkv_cli.calibration.artifact_file import (
     content_sha256,
     damaged,
     expect_tensor,
@@ -31,12 +31,9 @@ from heatkv_cli.core.artifact_file import (
     write_artifact,
 )
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.orders import Orders, canonical_sha256, load_orders
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ArtifactError, HeatKVError
-
-__all__ = ["Calibration", "Orders", "Schedule", "load_orders"]
+from heatkv_cli.methods.heatkv.orders import canonical_sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +226,30 @@ class Schedule:
             )
         return rows
 
+    @property
+    def about(self) -> str:
+        """What decided the plan, in words."""
+        return f"order {self.order}"
+
+    def report(self) -> dict[str, Any]:
+        """Return what is worth knowing about the schedule, as plain values."""
+        full = self.geometry.full_tokens
+        return {
+            "method": self.method,
+            "budget": self.budget.text,
+            "order": self.order,
+            "counts": list(self.counts),
+            "early_activations": len(self.early),
+            "scheduled_peak_tokens": self.scheduled_peak_tokens,
+            "scheduled_peak_ratio": self.scheduled_peak_tokens / full,
+            "physical_peak_tokens": self.physical_peak_tokens,
+            "physical_peak_ratio": self.physical_peak_tokens / full,
+            "full_tokens": full,
+            "attention_removals_sha256": self.attention_removals_sha256(),
+            "final_removals_sha256": self.final_removals_sha256(),
+            "sha256": self.sha256,
+        }
+
     def check(self, geometry: Geometry, where: str = "") -> None:
         """Check that the schedule was made for this model and resolution.
 
@@ -265,18 +286,20 @@ class Schedule:
         header, tensors = read_artifact(path, "schedule")
         try:
             budget = header["budget"]
-            rho = None if budget["rho"] is None else Fraction(budget["rho"])
+            rho = None if budget["rho"] is None else Fraction(str(budget["rho"]))
+            if not 0 < Fraction(str(budget["ratio"])) <= 1 or not isinstance(budget["text"], str):
+                raise ValueError(f"its budget is {budget}")
             names = ("order", "order_sha256", "calibration_sha256", "method", "versions")
             schedule = cls(
                 geometry=geometry_from(header["geometry"]),
-                budget=Budget(Fraction(budget["ratio"]), budget["text"], rho),
+                budget=Budget(Fraction(str(budget["ratio"])), budget["text"], rho),
                 first_absent=tensors["first_absent"],
                 early=tensors["early"],
                 counts=tuple(header["counts"]),
                 calibrated_on=ScaleSchedule(header["calibrated_on"]),
                 **{name: header[name] for name in names},
             )
-        except (KeyError, TypeError, ValueError, HeatKVError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, HeatKVError) as error:
             raise damaged(path, "schedule", error) from error
         if geometry is not None:
             schedule.check(geometry, str(path))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -62,7 +61,7 @@ def rehearse(geometry: Geometry, policy: Policy) -> CacheBytes:
     for count in geometry.schedule.lengths:
         tokens = torch.zeros(1, geometry.num_heads, count, 1, dtype=cache.pool.k.dtype)
         for layer in range(geometry.num_layers):
-            cache.attend(layer, tokens, tokens, tokens, 1.0, raw_query=partial(cache.keys, layer, ()))
+            cache.attend(layer, tokens, tokens, tokens, 1.0)
         cache.end_scale()
     ledger = cache.ledger
     return CacheBytes(ledger.alloc_bytes, ledger.work_peak, ledger.meta_peak)
@@ -177,7 +176,6 @@ class _Attention:
         k: Tensor,
         v: Tensor,
         softmax_scale: float,
-        raw_query: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         self.live, self.output = max(self.live, self._memory.live), max(self.output, q.nbytes)
         return torch.empty_like(q)

@@ -1,15 +1,14 @@
 """What methods share that choose single tokens: which queries to look through, scores, top-k, and the visits' caps.
 
 Scores are float32 (B, H, N) over the columns of a visit, [cache, current]; masks are bool of the same shape, in the
-form of `Keep.mask`. Defaults and their reasons: specs/methods.md 4.
+form of `Keep.mask`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -17,12 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.policy import Keep, Method, Policy, Visit
-from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.errors import ConfigError
+from heatkv_cli.core.policy import Keep, Policy, Visit
+from heatkv_cli.core.scales import ScaleSchedule
+from heatkv_cli.methods.base import Method, Setting, Timing, at_least, refused
 
-Timing = Literal["before", "after"]
 Place = Literal["grid", "recent"]
 Recent = Literal["raster", "grid"]
 Pooling = Literal["avg", "max"]
@@ -91,7 +88,6 @@ def pool_segments(
     kernel: int,
     mode: Pooling = "avg",
     without: Tensor | None = None,
-    across: bool = False,
 ) -> Tensor:
     """1-D pooling over neighbouring tokens of the same scale, never across two scales.
 
@@ -102,7 +98,6 @@ def pool_segments(
         kernel: odd; 1 leaves the scores as they are.
         mode: average of the tokens there are (a scale's border has fewer), or their maximum.
         without: bool, broadcast to the scores: tokens that are no one's neighbours, like padding; theirs is 0 / -inf.
-        across: pool over the borders of scales too.
 
     Returns:
         (B, H, N).
@@ -113,8 +108,7 @@ def pool_segments(
     absent = positions < 0 if without is None else (positions < 0) | without.cpu()
     # tokens are laid out with `half` empty places between two scales, then pooled as one line
     place, empty = torch.arange(positions.shape[2]).expand(positions.shape), half * schedule.num_scales
-    if not across:
-        place = place + half * schedule.scale_table()[positions.long()]  # padding, -1, lies behind all scales
+    place = place + half * schedule.scale_table()[positions.long()]  # padding, -1, lies behind all scales
     place, absent = place.to(device), absent.to(device)
     join, lowest = (torch.maximum, -torch.inf) if mode == "max" else (torch.add, 0.0)
     line = scores.new_full((*scores.shape[:2], scores.shape[2] + empty), lowest)
@@ -244,9 +238,9 @@ class Window:
         return Keep(visit.layer, mask=top_mask(scores, cap, always=own))
 
 
-def window_tokens(window: int | str, default: int, cap: int) -> int:
-    """Observed queries of a method: as given, or for `auto` min(the paper's default, a quarter of the cap)."""
-    return min(default, max(1, cap // 4)) if window == "auto" else int(window)
+def window_tokens(window: int | Literal["auto"], default: int, cap: int) -> int:
+    """Return the observed queries of a method: as given, or for `auto` min(the paper's default, a quarter of the cap)."""
+    return min(default, max(1, cap // 4)) if window == "auto" else window
 
 
 @dataclass(frozen=True)
@@ -262,7 +256,7 @@ class WindowMethod(Method):
     """
 
     timing: Timing = "after"
-    window: int | str = "auto"
+    window: int | Literal["auto"] = "auto"
     obs: Place = "grid"
     kernel: int = 5
     pooling: Pooling = "avg"
@@ -270,48 +264,20 @@ class WindowMethod(Method):
     paper_window: ClassVar[int] = 32
 
     def __post_init__(self) -> None:
-        name = type(self).__name__.lower()
-        one_of(name, timing=(self.timing, ("after", "before")), obs=(self.obs, ("grid", "recent")))
-        one_of(name, pooling=(self.pooling, ("avg", "max")))
-        if self.window != "auto" and (type(self.window) is not int or self.window < 1):
-            raise ConfigError(f"method {name}: window is {self.window!r}", "a number of tokens >= 1, or auto")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ConfigError(f"method {name}: kernel is {self.kernel}", "an odd number; 1 is no pooling")
+        super().__post_init__()
+        at_least(self, window=1, kernel=1)
+        if self.kernel % 2 == 0:
+            raise refused(self, "kernel", "an odd number; 1 is no pooling")
 
-    def window_at(self, geometry: Geometry, budget: Budget, rows: int = 1, state_bytes: int = 0) -> Window:
-        """The window at this budget.
+    def window_at(self, setting: Setting, state_bytes: int = 0) -> Window:
+        """Return the window at this budget.
 
         Raises:
             BudgetError: no room for the window and one more token; `auto` needs four.
         """
-        least = 4 if self.window == "auto" else int(self.window) + 1
-        require_cap(geometry, budget, type(self).__name__.lower(), least, state_bytes)
-        tokens = window_tokens(self.window, self.paper_window, stored_cap(geometry, budget, rows, state_bytes))
+        setting.require_cap(4 if self.window == "auto" else self.window + 1, state_bytes)
+        tokens = window_tokens(self.window, self.paper_window, setting.stored_cap(state_bytes))
         return Window(tokens, self.obs, self.kernel, self.pooling, self.share_cfg)
-
-
-def stored_cap(geometry: Geometry, budget: Budget, rows: int = 1, state_bytes: int = 0) -> int:
-    """Tokens that each head may store when all store equally many, the method's state paid for; at most P."""
-    return budget.slots(geometry, rows, state_bytes) // geometry.heads
-
-
-def require_cap(geometry: Geometry, budget: Budget, method: str, tokens: int, state_bytes: int = 0) -> None:
-    """Check that each head may store `tokens` tokens with their state, or all there are.
-
-    Raises:
-        BudgetError: names the smallest budget that allows it.
-    """
-    share = Fraction(geometry.bytes_per_token + state_bytes, geometry.bytes_per_token)
-    budget.require(min(Fraction(1), tokens * share / geometry.schedule.peak_tokens), geometry, method)
-
-
-def evicts(geometry: Geometry, budget: Budget, timing: Timing) -> bool:
-    """Whether a head ever has more tokens than its cap; a method needs no state where it has not.
-
-    After attention at most P tokens are stored; before attention T tokens are attended at the last scale.
-    """
-    schedule = geometry.schedule
-    return budget.cap(schedule) < (schedule.peak_tokens if timing == "after" else schedule.num_tokens)
 
 
 class Selecting(Policy):
@@ -320,26 +286,18 @@ class Selecting(Policy):
     Subclasses say `choose`, and `cap` where layers or scales differ. Nothing is asked while all tokens fit.
 
     Args:
-        geometry, budget: the default cap is floor(beta P), or on HACK's axis floor((1 - rho) T); stored are at most
-            as many as the pool holds for a head.
+        setting: the default cap is floor(beta P), or on HACK's axis floor((1 - rho) T); stored are at most as many as
+            the pool holds for a head.
         timing: `after` attention to [cache, all current], or `before` it: then only what is kept is attended, at the
             last scale too.
-        rows, state_bytes: see `Policy`; state is paid for with slots.
+        state_bytes: see `Policy`; state is paid for with slots.
         capacity: slots of the pool; None is the sum of the default caps.
     """
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        timing: Timing = "after",
-        rows: int = 1,
-        state_bytes: int = 0,
-        capacity: int | None = None,
-    ):
-        self._stored, self._attended = stored_cap(geometry, budget, rows, state_bytes), budget.cap(geometry.schedule)
-        super().__init__(geometry.heads * self._stored if capacity is None else capacity, state_bytes)
-        self.timing, self._last = timing, geometry.num_scales - 1
+    def __init__(self, setting: Setting, timing: Timing = "after", state_bytes: int = 0, capacity: int | None = None):
+        self._stored, self._attended = setting.stored_cap(state_bytes), setting.cap
+        super().__init__(setting.geometry.heads * self._stored if capacity is None else capacity, state_bytes)
+        self.timing, self._last = timing, setting.geometry.num_scales - 1
 
     def cap(self, visit: Visit) -> int:
         """Tokens that each head of the visit may keep; of the last scale nothing is stored, only attended."""
@@ -365,16 +323,3 @@ class Selecting(Policy):
         """Decides here when the timing says so."""
         keep = self.decide(visit) if self.timing == "after" else None
         return () if keep is None else (keep,)
-
-
-def one_of(method: str, **choices: tuple[object, Sequence[object]]) -> None:
-    """Check parameters with a few allowed values, name=(value, allowed).
-
-    Raises:
-        ConfigError: names the first bad one.
-    """
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ConfigError(
-                f"method {method}: {name} is {value!r}", f"one of: {', '.join(str(each) for each in allowed)}"
-            )

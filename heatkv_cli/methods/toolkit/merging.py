@@ -21,7 +21,7 @@ from torch import Tensor
 
 from heatkv_cli.core.attention import CHUNK_ELEMENTS
 from heatkv_cli.core.policy import Keep, Merged, Visit
-from heatkv_cli.core.selection import SCORE_BYTES
+from heatkv_cli.methods.toolkit.selecting import SCORE_BYTES
 
 _LEAST = 1e-12  # length of a key; a zero key is as near to all
 RULES = ("pivot", "average", "weighted", "similarity")

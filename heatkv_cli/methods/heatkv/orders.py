@@ -1,16 +1,16 @@
 """Removal orders: per source scale, all heads of all layers from the least to the most needed.
 
-An order says *which* (head, layer) loses a source scale first; how many do, and when, is `schedule.py`. Orders come
+An order says *which* (head, layer) loses a source scale first; how many do, and when, is `scheduler.py`. Orders come
 from a calibration (ascending S-CAS), from a file of the HeatKV repository, or from a seed (the `random` control).
 
-Source: arXiv 2605.14877; file format checked against arm-research/heatkv @ 96dc288 (specs/methods.md 1.1, 1.2).
+Source: arXiv 2605.14877; the file format is checked against arm-research/heatkv @ 96dc288.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from heatkv_cli.calibration.calibration import Calibration
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ArtifactError
+from heatkv_cli.results import load_json, read_regular
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +44,11 @@ class Orders:
 
     @property
     def sha256(self) -> str:
-        """Hash of the lists in canonical form (golden/heatkv_schedules.json, `orders_sha256`)."""
+        """Hash of the lists in canonical form (`orders_sha256` of the golden schedules)."""
         return canonical_sha256(self.order.tolist())
 
     def at(self, geometry: Geometry) -> Orders:
-        """Return the orders for `geometry`: the lists of the source scales that exist there (design.md 10).
+        """Return the orders for `geometry`: the lists of the source scales that exist there.
 
         Raises:
             ArtifactError: `geometry` has source scales without a list, or other layers or heads.
@@ -84,6 +86,17 @@ def ascending_orders(scores: Tensor) -> Tensor:
     return torch.from_numpy(np.array(orders, dtype=np.int64).reshape(-1, num_layers * num_heads, 2))
 
 
+def calibrated_orders(calibration: Calibration, prompts: Sequence[int] | None = None) -> Orders:
+    """Return the orders of a calibration: ascending by (S-CAS, head, layer), one list per source scale.
+
+    Args:
+        calibration: of the model.
+        prompts: indices of the prompts to use; None for all.
+    """
+    scores = calibration.scores(prompts)
+    return Orders(ascending_orders(scores), "s-cas", calibration.geometry.schedule, calibration.sha256)
+
+
 def random_orders(geometry: Geometry, seed: int) -> Orders:
     """Return seeded random orders, drawn independently for each source scale.
 
@@ -117,14 +130,14 @@ def load_orders(path: Path | str, geometry: Geometry, calibrated_on: ScaleSchedu
     """
     path = Path(path)
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except OSError as error:
         raise ArtifactError(
-            f"order file {path} cannot be read: {error.strerror}",
+            f"order file {path} cannot be read: {error.strerror or error}",
             f"name an existing file, or calibrate: heatkv calibrate --model {geometry.model}",
         ) from error
     try:
-        data = json.loads(raw)
+        data = load_json(raw)
     except ValueError as error:
         raise ArtifactError(f"order file {path} is not JSON: {error}", "download it again") from error
     if isinstance(data, dict) and "orders" in data:

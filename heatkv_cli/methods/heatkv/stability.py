@@ -3,7 +3,6 @@
 Two numbers are reported: Kendall's tau per source scale (do the orders agree as rankings?) and the Jaccard index of the
 finally removed sets at a few budgets (would the same atoms go?). Half splits of the prompts show how much of an order
 is the prompts' choice; a comparison of two calibrations shows what another prompt style, model or guidance changes.
-Source: design.md 6 and 10.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from heatkv_cli.calibration.calibration import Calibration
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.orders import Orders, ascending_orders, order_ranks
 from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.schedule import prune_counts
 from heatkv_cli.errors import ArtifactError, BudgetError
+from heatkv_cli.methods.heatkv.orders import Orders, ascending_orders, calibrated_orders, order_ranks
+from heatkv_cli.methods.heatkv.scheduler import prune_counts
 
 BUDGETS = ("0.2", "0.1", "0.04")
 """Budgets at which removed sets are compared."""
@@ -84,7 +83,7 @@ def compare_calibrations(first: Calibration, second: Calibration, budgets: Seque
         raise ArtifactError(
             f"calibrations of {mine} and {other} cannot be compared", "compare calibrations of one architecture"
         )
-    return _summary(mine, [(first.orders(), second.orders())], budgets)
+    return _summary(mine, [(calibrated_orders(first), calibrated_orders(second))], budgets)
 
 
 def kendall_tau(first: Orders, second: Orders, geometry: Geometry) -> list[float]:

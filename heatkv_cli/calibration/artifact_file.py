@@ -1,6 +1,6 @@
 """How an artifact lies on disk: a safetensors file whose metadata holds one JSON header under the key "heatkv".
 
-Knows files, versions and damage, not what the tensors mean; `artifacts.py` knows that. A file is written beside its
+It knows files, versions and damage, not what the tensors mean. A file is written beside its
 place and moved there, so a reader never meets half a file. No pickle.
 """
 
@@ -22,11 +22,13 @@ from torch import Tensor
 from heatkv_cli import __version__
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ArtifactError, HeatKVError
+from heatkv_cli.results import load_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the header and the tensor names; raised when an older heatkv could misread the file."""
 
 _KEY = "heatkv"
+_DIGEST = "content_sha256"
 _MAKE = {"calibration": "heatkv calibrate --model {model}", "schedule": "heatkv build-schedule --model {model}"}
 
 
@@ -75,7 +77,8 @@ def write_artifact(path: Path | str, kind: str, header: Mapping[str, Any], tenso
         ArtifactError: the file cannot be written (folder, rights, space).
     """
     path = Path(path)
-    text = json.dumps({"kind": kind, "format_version": FORMAT_VERSION, **header}, allow_nan=False)
+    whole = {"kind": kind, "format_version": FORMAT_VERSION, **header}
+    text = json.dumps({**whole, _DIGEST: content_sha256(whole, tensors)}, allow_nan=False)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # safetensors refuses tensors that share memory, such as two slices of one: write copies
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -97,7 +100,7 @@ def read_artifact(path: Path | str, kind: str) -> tuple[dict[str, Any], dict[str
     """Read an artifact of this kind: its header and its tensors, on the CPU.
 
     Raises:
-        ArtifactError: missing, truncated, not written by heatkv, of another kind, or of another format version.
+        ArtifactError: missing, truncated, changed, not written by heatkv, of another kind, or of another format version.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,12 +110,18 @@ def read_artifact(path: Path | str, kind: str) -> tuple[dict[str, Any], dict[str
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise ArtifactError(
             f"{kind} {path} cannot be read: it is truncated or no safetensors file ({error})",
             f"delete it and make it again: {make_hint(kind)}",
         ) from error
-    return _header(path, kind, text), tensors
+    header = _header(path, kind, text)
+    digest = header.pop(_DIGEST, None)
+    if digest != content_sha256(header, tensors):
+        raise ArtifactError(
+            f"{kind} {path} was changed since it was written: its digest differs", f"make it again: {make_hint(kind)}"
+        )
+    return header, tensors
 
 
 def _header(path: Path, kind: str, text: str | None) -> dict[str, Any]:
@@ -122,7 +131,7 @@ def _header(path: Path, kind: str, text: str | None) -> dict[str, Any]:
             f"{path} is a safetensors file, but heatkv did not write it", f"make a {kind}: {make_hint(kind)}"
         )
     try:
-        header = json.loads(text)
+        header = load_json(text)
     except ValueError as error:
         raise damaged(path, kind, error) from error
     if not isinstance(header, dict):

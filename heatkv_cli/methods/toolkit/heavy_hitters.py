@@ -8,22 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.merging import keep_and_merge
-from heatkv_cli.core.policy import Keep, Method, Visit
-from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.selection import (
+from heatkv_cli.core.policy import Keep, Visit
+from heatkv_cli.methods.base import Method, Setting, Timing, at_least
+from heatkv_cli.methods.toolkit.merging import keep_and_merge
+from heatkv_cli.methods.toolkit.selecting import (
     Recent,
     Selecting,
-    Timing,
     grid_queries,
     kept_state,
-    one_of,
     recent_mask,
     share_rows,
     top_mask,
 )
-from heatkv_cli.errors import ConfigError
 
 STATE_BYTES = 4  # the running sum, float32
 
@@ -47,17 +43,15 @@ class HeavyMethod(Method):
     share_cfg: bool = False
 
     def __post_init__(self) -> None:
-        name = type(self).__name__.lower()
-        one_of(name, timing=(self.timing, ("after", "before")), recent=(self.recent, ("raster", "grid")))
-        if self.n_obs < 0:
-            raise ConfigError(f"method {name}: n_obs is {self.n_obs}", "a number of queries; 0 is all of them")
+        super().__post_init__()
+        at_least(self, n_obs=0)
 
 
 class HeavyHitters(Selecting):
     """Of cap tokens, one half the most recent ones, the other half the highest sums among the rest.
 
     Args:
-        geometry, budget, rows, capacity: see `Selecting`.
+        setting, capacity: see `Selecting`.
         method: what is summed, and when is chosen.
         text: so many first tokens go before all other heavy hitters.
         merge: rule of `merge_dropped` by which dropped tokens go into kept ones; None drops them.
@@ -65,17 +59,15 @@ class HeavyHitters(Selecting):
 
     def __init__(
         self,
-        geometry: Geometry,
-        budget: Budget,
-        rows: int,
+        setting: Setting,
         method: HeavyMethod,
         text: int = 0,
         merge: str | None = None,
         capacity: int | None = None,
     ):
-        super().__init__(geometry, budget, method.timing, rows, STATE_BYTES, capacity)
+        super().__init__(setting, method.timing, STATE_BYTES, capacity)
         self._method, self._text, self._merge = method, text, merge
-        self._sums: list[Tensor | None] = [None] * geometry.num_layers  # float32 (B, H, stored tokens)
+        self._sums: list[Tensor | None] = [None] * setting.geometry.num_layers  # float32 (B, H, stored tokens)
 
     def decide(self, visit: Visit) -> Keep | None:
         """Brings the sums up to date, then chooses if need be."""

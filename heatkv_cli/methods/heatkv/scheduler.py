@@ -6,8 +6,7 @@ An atom is all tokens of one source scale in one head of one layer. *How many* i
 fit, so some removals that are due after scale t are activated early, in layers that come later. Pure: no files, no
 model, a fraction of a second for the largest model.
 
-Source: arXiv 2605.14877; behaviour checked against arm-research/heatkv @ 96dc288, tools/utils.py (specs/methods.md
-1.3, 1.4). Differs: feasibility is decided in exact rationals, there in doubles with a slack of 1e-12; and where
+Source: arXiv 2605.14877; behaviour checked against arm-research/heatkv @ 96dc288, tools/utils.py. Differs: feasibility is decided in exact rationals, there in doubles with a slack of 1e-12; and where
 rounding alone would make a feasible budget fail, the exact threshold decides.
 """
 
@@ -23,11 +22,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.orders import Orders, check_orders, order_ranks
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.errors import BudgetError, ConfigError
+from heatkv_cli.methods.heatkv.orders import Orders, check_orders, order_ranks
+from heatkv_cli.methods.heatkv.schedule import Schedule
 
 __all__ = ["EarlyActivation", "Schedule", "prune_counts", "removal_schedule", "smallest_budget"]
 

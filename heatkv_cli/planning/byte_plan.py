@@ -11,18 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
-
-from heatkv_cli.config import ModelConfig, RunConfig, build, config_hash
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.orders import random_orders
-from heatkv_cli.core.policy import Policy
+from heatkv_cli.config import ModelConfig, RunConfig, config_hash
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.models.base import Sketch
-from heatkv_cli.pipeline import setup
-from heatkv_cli.pipeline.build_schedule import orders_of_file
-from heatkv_cli.pipeline.footprint import CacheBytes, Footprint, LooksAtKeysError, footprint, rehearse
+from heatkv_cli.planning.footprint import CacheBytes, Footprint, LooksAtKeysError, footprint, rehearse
+from heatkv_cli.planning.job import Resolver, geometry_of, sampling_of, sketch_of
+from heatkv_cli.planning.preflight import setting_before
 
 BATCHES = (1, 2, 4, 8, 16)
 
@@ -108,15 +102,15 @@ class BytePlan:
             }
 
 
-def byte_plan(cfg: RunConfig) -> BytePlan | None:
-    """The plan of a run; None where the model's family has no sketch.
+def byte_plan(cfg: RunConfig, resolver: Resolver) -> BytePlan | None:
+    """Return the plan of a run; None where the model's family has no sketch.
 
     Raises:
         BudgetError: the method cannot meet the budget, in the words of the run itself.
     """
-    geometry = setup.geometry_of(cfg.model)
-    guided = setup.sampling_of(cfg.model).guided
-    cache, exact = _cache(cfg, geometry)
+    geometry = geometry_of(cfg.model)
+    guided = sampling_of(cfg.model).guided
+    cache, exact = _cache(cfg, geometry, resolver)
     if not cfg.model.sketch:
         return None
     model = _footprint(_Shape(cfg.model, cfg.runtime.device == "cpu"))
@@ -141,14 +135,19 @@ def _footprint(shape: _Shape) -> Footprint:
     model = shape.model
 
     def make(geometry: Geometry) -> Sketch:
-        return build(model.sketch, model.params, Sketch, where="model", geometry=geometry, dtype=model.dtype)
+        return sketch_of(model, geometry)
 
-    return footprint(make, setup.geometry_of(model), setup.sampling_of(model), shape.on_host)
+    return footprint(make, geometry_of(model), sampling_of(model), shape.on_host)
 
 
-def _cache(cfg: RunConfig, geometry: Geometry) -> tuple[CacheBytes, bool]:
-    """Bytes of the cache, and whether they are exact."""
-    policy, known = _policy(cfg, geometry)
+def _cache(cfg: RunConfig, geometry: Geometry, resolver: Resolver) -> tuple[CacheBytes, bool]:
+    """Bytes of the cache, and whether they are exact.
+
+    How many atoms HeatKV removes, or how many tokens a method has, follows from the budget alone; which ones decides
+    little about bytes. Without a calibration at hand a stand-in serves.
+    """
+    setting, known = setting_before(cfg, resolver)
+    policy = cfg.method.object.policy(setting)
     with suppress(LooksAtKeysError):
         return rehearse(geometry, policy), known
     slots = policy.capacity
@@ -157,39 +156,3 @@ def _cache(cfg: RunConfig, geometry: Geometry) -> tuple[CacheBytes, bool]:
     copied = (2 * stored + 2 * current) * geometry.bytes_per_token  # a layer's share, read and joined
     index = 4 * 3 * slots
     return CacheBytes(alloc, alloc + copied, index), False
-
-
-def _policy(cfg: RunConfig, geometry: Geometry) -> tuple[Policy, bool]:
-    """The run's policy, and whether it is the very one.
-
-    How many atoms HeatKV removes, or how many tokens a method has, follows from the budget alone; which ones decides
-    little about bytes. Without orders at hand random ones stand in, without a calibration one of nothing.
-    """
-    method, budget = setup.method_of(cfg.method), setup.budget_of(cfg)
-    schedule, calibration, known = None, None, True
-    if method.scheduled:
-        if cfg.schedule is not None and cfg.schedule.is_file():
-            schedule = Schedule.load(cfg.schedule, geometry)
-        else:
-            known = not method.calibrated or cfg.orders is not None
-            orders = random_orders(geometry, 0) if cfg.orders is None else orders_of_file(cfg.orders, cfg.model)
-            schedule = method.build_schedule(geometry, budget, orders if method.calibrated else None)
-    elif method.calibrated:
-        given = cfg.calibration if cfg.calibration is not None and cfg.calibration.is_file() else None
-        known = given is not None
-        calibration = _nothing(geometry) if given is None else Calibration.load(given, geometry)
-    return method.policy(geometry, budget, schedule, 1, calibration), known
-
-
-def _nothing(geometry: Geometry) -> Calibration:
-    """A calibration that has seen nothing.
-
-    One head stands out, so that the knee of HACK's variances is as far right as may be: budgets that another
-    calibration could meet are not refused.
-    """
-    each, scales = (1, geometry.num_layers, geometry.num_heads), geometry.num_scales
-    variance = torch.zeros(each)
-    variance[0, -1, -1] = 1
-    scas = torch.zeros(*each, scales, scales, dtype=torch.float64)
-    asi, per_scale = torch.zeros(*each[:2], scales), torch.zeros(*each, scales)
-    return Calibration(geometry, "", (0,), scas, variance, asi, per_scale, per_scale)

@@ -1,7 +1,7 @@
 """Attention statistics of a full-cache run, in one pass over the visits: what a `Calibration` is made of.
 
 Exact over all queries, yet no attention matrix is ever whole: probabilities are met in chunks of queries.
-Sources: S-CAS arXiv 2605.14877 (specs/methods.md 1.1); column variance arXiv 2504.09261 (3.1); ASI arXiv 2505.19602
+Sources: S-CAS arXiv 2605.14877; column variance arXiv 2504.09261 (3.1); ASI arXiv 2505.19602
 (2.1); row entropy as MEDA uses it (section 4).
 """
 

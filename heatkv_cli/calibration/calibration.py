@@ -1,12 +1,13 @@
-"""What a calibration measured: attention statistics of a full-cache run, from which every method's plan is made.
+"""The calibration: attention statistics of a full-cache run, from which every calibrated method starts.
 
 One run yields the S-CAS of HeatKV and the statistics of the other calibrated methods; the file serves every budget.
 
-Source: arXiv 2605.14877; formula and order checked against arm-research/heatkv @ 96dc288 (specs/methods.md 1.1).
+Source: arXiv 2605.14877; the formula is checked against arm-research/heatkv @ 96dc288.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.artifact_file import (
+from heatkv_cli.calibration.artifact_file import (
     content_sha256,
     damaged,
     expect_tensor,
@@ -28,9 +29,11 @@ from heatkv_cli.core.artifact_file import (
     read_artifact,
     write_artifact,
 )
-from heatkv_cli.core.orders import Orders, ascending_orders
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.errors import ArtifactError, HeatKVError
+
+SLACK = 1e-3
+"""How far rounding may carry a mean of attention past its bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +55,7 @@ class Calibration:
         sampling: cfg, tau, top_k, top_p of the runs.
         versions: of the libraries that measured it.
         weights_sha256: of the model's weights.
-        stability: rank statistics from `core.stability`, for the record.
+        stability: rank statistics of the orders that follow from it, for the record.
 
     Raises:
         ArtifactError: shapes that do not fit, or scores that are not finite.
@@ -74,28 +77,35 @@ class Calibration:
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ArtifactError("calibration has no prompts", make_hint("calibration", self.geometry.model))
+        if not all(type(seed) is int for seed in self.seeds):
+            raise ArtifactError("calibration has seeds that are no whole numbers", make_hint("calibration"))
         P, K, L, H = len(self.seeds), self.geometry.num_scales, self.geometry.num_layers, self.geometry.num_heads
         expect_tensor("scas", self.scas, (P, L, H, K, K), torch.float64)
         expect_tensor("variance", self.variance, (P, L, H))
         expect_tensor("asi", self.asi, (P, L, K))
         expect_tensor("entropy", self.entropy, (P, L, H, K))
         expect_tensor("history_mass", self.history_mass, (P, L, H, K))
+        for name in ("variance", "asi", "entropy", "history_mass"):
+            if not getattr(self, name).is_floating_point():
+                raise ArtifactError(f"calibration: {name} is {getattr(self, name).dtype}", make_hint("calibration"))
         for source in self.geometry.sources:
-            self._finite(f"S-CAS of source scale {source}", self.scas[:, :, :, source, source + 1 :])
-        self._finite("variance", self.variance)
-        for name in ("asi", "entropy", "history_mass"):
-            self._finite(name, getattr(self, name)[..., 1:])
+            self._within(f"S-CAS of source scale {source}", self.scas[:, :, :, source, source + 1 :], 1 + SLACK)
+        self._within("variance", self.variance, torch.finfo(torch.float32).max)
+        self._within("asi", self.asi[..., 1:], torch.finfo(torch.float32).max)
+        longest = math.log(self.geometry.schedule.num_tokens)
+        self._within("entropy", self.entropy[..., 1:], longest + SLACK)
+        self._within("history_mass", self.history_mass[..., 1:], 1 + SLACK)
 
-    def _finite(self, name: str, values: Tensor) -> None:
-        """Check scores; ArtifactError names the first bad one by prompt and layer."""
-        bad = (~values.isfinite()).nonzero()
+    def _within(self, name: str, values: Tensor, most: float) -> None:
+        """Check statistics; ArtifactError names the first that is not finite, negative or too large."""
+        bad = (~((values >= -SLACK) & (values <= most))).nonzero()  # NaN compares as false
         if len(bad):
             prompt, layer = bad[0, :2].tolist()
+            kind = "outside its range" if bool(values.isfinite().all()) else "not finite"
             raise ArtifactError(
-                f"calibration: {name} is not finite at {len(bad)} of {values.numel()} places, "
+                f"calibration: {name} is {kind} at {len(bad)} of {values.numel()} places, "
                 f"first for prompt {prompt}, layer {layer}",
-                "calibrate in a wider number format (runtime.dtype=float32): "
-                + make_hint("calibration", self.geometry.model),
+                f"calibrate in a wider number format, model.dtype=float32: {make_hint('calibration', self.geometry.model)}",
             )
 
     def prompt_scores(self) -> Tensor:
@@ -116,14 +126,6 @@ class Calibration:
         """
         scores = self.prompt_scores()
         return (scores if prompts is None else scores[list(prompts)]).mean(0)
-
-    def orders(self, prompts: Sequence[int] | None = None) -> Orders:
-        """Return the removal orders: ascending by (S-CAS, head, layer), one list per source scale.
-
-        Args:
-            prompts: indices of the prompts to use; None for all.
-        """
-        return Orders(ascending_orders(self.scores(prompts)), "s-cas", self.geometry.schedule, self.sha256)
 
     @cached_property
     def sha256(self) -> str:
@@ -168,13 +170,21 @@ class Calibration:
         try:
             fields = {name: header[name] for name in ("prompts_sha256", "sampling", "versions", "weights_sha256")}
             fields |= {name: tensors[name] for name in ("scas", "variance", "asi", "entropy", "history_mass")}
+            for name, kind in (
+                ("prompts_sha256", str),
+                ("weights_sha256", str),
+                ("sampling", dict),
+                ("versions", dict),
+            ):
+                if not isinstance(header[name], kind):
+                    raise TypeError(f"{name} is {header[name]!r}")
             calibration = cls(
                 geometry=geometry_from(header["geometry"]),
                 seeds=tuple(header["seeds"]),
                 stability=header["stability"],
                 **fields,
             )
-        except (KeyError, TypeError, ValueError, HeatKVError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, HeatKVError) as error:
             raise damaged(path, "calibration", error) from error
         if geometry is not None:
             calibration.check(geometry, str(path))
