@@ -116,7 +116,11 @@ def _announce(jobs: list[tuple[Job, Job]], ui: Console) -> None:
 
 def _against_full(metric: Metric) -> bool:
     """Whether the number only means something beside the full run's images."""
-    return metric.kind == "paired" or (isinstance(metric, SetMetric) and metric.reference == "full")
+    return metric.spec.kind == "paired" or (isinstance(metric, SetMetric) and metric.reference == "full")
+
+
+def _reference_name(metric: Metric) -> str | None:
+    return metric.reference if isinstance(metric, SetMetric) else None
 
 
 def _evaluate(job: Job, full: Evaluated | None, models: Models, ui: Console) -> Evaluated:
@@ -125,11 +129,10 @@ def _evaluate(job: Job, full: Evaluated | None, models: Models, ui: Console) -> 
     metrics = setup.metrics_of(job.cfg)
     if full is None:  # compared with itself: nothing to measure
         metrics = {name: metric for name, metric in metrics.items() if not _against_full(metric)}
-    for kind in dict.fromkeys(metric.needs for metric in metrics.values()):
+    for kind in dict.fromkeys(metric.spec.needs for metric in metrics.values()):
         if kind != FREE:
             run_pass(job, kind, models, ui, full.job if full else None)
     result = Evaluated(job, full.job.run_id if full else None, _costs(RunFolder.reading(job.folder / FREE), job), {})
-    configs = {config.name: config for config in job.cfg.metrics}
     items = {
         (kind, paired): _items(job, kind, full if paired else None)
         for kind, paired in set(map(_wanted, metrics.values()))
@@ -137,7 +140,6 @@ def _evaluate(job: Job, full: Evaluated | None, models: Models, ui: Console) -> 
     for name, metric in metrics.items():
         result.measured[name] = measure(
             metric,
-            configs[name],
             items[_wanted(metric)],
             job.folder,
             ui,
@@ -163,7 +165,7 @@ def _reference(metric: Metric, job: Job, full: Evaluated | None, ui: Console) ->
 
 def _wanted(metric: Metric) -> tuple[str, bool]:
     """The pass a metric needs, and whether it looks at the full run's images beside it; the forced pass makes none."""
-    return metric.needs, metric.kind == "paired" and metric.needs != FORCED
+    return metric.spec.needs, metric.spec.kind == "paired" and metric.spec.needs != FORCED
 
 
 def _items(job: Job, kind: str, full: Evaluated | None) -> list[Item]:
@@ -245,7 +247,7 @@ def _rows(item: Evaluated, plan: Plan) -> Iterable[dict[str, Any]]:
     }  # fmt: skip
     metrics = setup.metrics_of(cfg)
     for name, measured in item.measured.items():
-        reference = cfg.reference.name if _against_full(metrics[name]) else getattr(metrics[name], "reference", None)
+        reference = cfg.reference.name if _against_full(metrics[name]) else _reference_name(metrics[name])
         for row in metric_rows(metrics[name], measured):
             yield {**common, "reference": reference, **row}
     for stage in ("attention", "policy", "pool"):
@@ -266,8 +268,8 @@ def _infeasible_rows(point: Infeasible, plan: Plan) -> Iterable[dict[str, Any]]:
     for name, metric in setup.metrics_of(point.cfg).items():
         yield {
             **_about(point.cfg, plan), "run_id": point.run_id, "status": "infeasible", "reason": point.error.message,
-            "metric": name, "metric_version": metric.version, "unit": metric.unit,
-            "higher_is_better": metric.higher_is_better,
+            "metric": name, "metric_version": metric.spec.version, "unit": metric.spec.unit,
+            "higher_is_better": metric.spec.higher_is_better,
         }  # fmt: skip
 
 
@@ -287,7 +289,7 @@ def _about(cfg: RunConfig, plan: Plan) -> dict[str, Any]:
 
 def _print_table(items: list[Evaluated], infeasible: list[Infeasible], ui: Console) -> None:
     names = list(dict.fromkeys(name for item in items for name in item.measured))
-    units = {name: metric.unit for item in items for name, metric in setup.metrics_of(item.job.cfg).items()}
+    units = {name: metric.spec.unit for item in items for name, metric in setup.metrics_of(item.job.cfg).items()}
     columns = [
         "method",
         "budget",

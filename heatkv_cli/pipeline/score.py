@@ -69,7 +69,7 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
     run_id = f"score-{sources.images.absolute().name}-{digest[:8]}"
     folder = cfg.out / "score" / run_id
     files = scan(sources.images)
-    paired = [metric for metric in metrics.values() if metric.kind == "paired"]
+    paired = [metric for metric in metrics.values() if metric.spec.kind == "paired"]
     others = _others(files, sources) if paired else {}
     items = items_of(files, {}, prompts)
     pairs = items_of(files, others, prompts) if others else items
@@ -77,12 +77,11 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
     unpaired = [image_id for image_id in others if image_id not in files]
     write_meta(folder, config_hash=digest, config=identity, run_id=run_id)
     ui.log_to(folder)
-    configs = {config.name: config for config in cfg.metrics}
     measured = {}
     for name, metric in metrics.items():
         reference = _reference(metric, sources, cfg.out, ui)
         own = pairs if metric in paired else items
-        found = measure(metric, configs[name], own, folder, ui, reference=reference)
+        found = measure(metric, own, folder, ui, reference=reference)
         measured[name] = _lacking(found, unseen, "prompts")
         if metric in paired:
             measured[name] = _lacking(measured[name], unpaired, "reference images")
@@ -111,20 +110,20 @@ def _check_needs(plan: Plan, metrics: Mapping[str, Metric], sources: Sources) ->
         raise ConfigError("no metric is named", "add metric=NAME,...; heatkv ls metrics shows which there are")
     errors = []
     for name, metric in metrics.items():
-        if metric.needs != "free":
+        if metric.spec.needs != "free":
             errors.append(
-                ConfigError(f"metric {name} needs the model's own {metric.needs} pass", "use heatkv eval for it")
+                ConfigError(f"metric {name} needs the model's own {metric.spec.needs} pass", "use heatkv eval for it")
             )
         elif sources.reference is None and _compares(metric):
             errors.append(ConfigError(f"metric {name} compares with other images", "add --reference DIR"))
-        elif sources.prompts is None and metric.kind == "prompt":
+        elif sources.prompts is None and metric.spec.kind == "prompt":
             errors.append(ConfigError(f"metric {name} compares with prompts", "add --prompts FILE"))
     if errors:
         raise ConfigErrors(errors)
 
 
 def _compares(metric: Metric) -> bool:
-    return metric.kind == "paired" or (isinstance(metric, SetMetric) and metric.reference == "full")
+    return metric.spec.kind == "paired" or (isinstance(metric, SetMetric) and metric.reference == "full")
 
 
 def _reference(metric: Metric, sources: Sources, out: Path, ui: Console) -> Any:
@@ -214,7 +213,7 @@ def _lacking(measured: Measured, missing: list[str], what: str) -> Measured:
 def _common(plan: Plan, run_id: str, prompts: PromptSet | None, sources: Sources, metric: Metric) -> dict[str, Any]:
     """The columns that all rows of a metric share; those about a model stay empty."""
     facts = environment()
-    reference = getattr(metric, "reference", None)
+    reference = metric.reference if isinstance(metric, SetMetric) else None
     if _compares(metric):
         reference = str(sources.reference)
     return {

@@ -71,7 +71,7 @@ def metric_of(config: MetricConfig, cfg: RunConfig) -> Metric:
     folder = None if cfg.random_weights else cfg.weights
     offers = {"name": config.name, "needs": config.needs, "device": device_of(cfg), "weights_folder": folder}
     offers = {key: value for key, value in offers.items() if value is not None}
-    return build(config.target, config.params, object, where=f"metric {config.name}", offers=offers)  # type: ignore[return-value]
+    return build(config.target, config.params, Metric, where=f"metric {config.name}", offers=offers)
 
 
 TEXT = "text"  # role of a text encoder: features computed with it may stand in for its files

@@ -80,8 +80,8 @@ def test_every_method_is_built(method: str) -> None:
 def test_every_metric_is_built(metric: str) -> None:
     leaf = one(f"metric={metric}").metrics[0]
     built: Any = build_leaf(leaf, object, where="metric")
-    assert built.name == metric
-    assert leaf.needs in (None, built.needs)
+    assert built.spec.name == metric
+    assert leaf.needs in (None, built.spec.needs)
 
 
 def test_defaults() -> None:
