@@ -311,10 +311,10 @@ def _readers() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Return a text without what would drive a terminal: control characters and lone surrogates are spelled out.
+    r"""Return a text without what would drive a terminal: control characters and lone surrogates are spelled out.
 
-    >>> printable("a\x1b[2Jb\n")
-    'a\\x1b[2Jb\n'
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
     """
     clean = "".join(sign if sign in "\n\t" or not _is_control(sign) else f"\\x{ord(sign):02x}" for sign in text)
     return clean.encode("utf-8", "backslashreplace").decode()

@@ -1,7 +1,6 @@
 """Every error a user can cause, each with the exit code of the command that meets it.
 
-The lowest layer: everything may import this file, which imports no more than `interrupts`. An error says what happened and
-where (`message`) and what to type next (`hint`); the console prints them as `error: ...` and `fix: ...`. Nothing
+The lowest layer: everything may import this file. An error says what happened and where (`message`) and what to type next (`hint`); the console prints them as `error: ...` and `fix: ...`. Nothing
 outside `cli` catches them, except to add the place where they happened.
 """
 
@@ -71,7 +70,7 @@ class Errors(HeatKVError):  # noqa: N818 - it is several
         return type(self), (self.errors,)
 
 
-class ConfigErrors(Errors, ConfigError):
+class ConfigErrors(Errors, ConfigError):  # noqa: N818 - it is several
     """Several configuration errors, in the order in which the user typed their causes."""
 
 

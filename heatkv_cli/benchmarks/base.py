@@ -154,9 +154,13 @@ class Benchmark:
                 f"{fetch} {self.source} and put it there, or set benchmark.file",
             )
         prompts = load_prompts(
-            path, name=self.name, version=self.version, id_field=self.id_field, prompt_field=self.prompt_field,
+            path,
+            name=self.name,
+            version=self.version,
+            id_field=self.id_field,
+            prompt_field=self.prompt_field,
             kind=self.format,
-        )  # fmt: skip
+        )
         if self.sha256 is not None and prompts.sha256 != self.sha256:
             raise SetupError(
                 f"benchmark {self.name}: {path} has sha256 {prompts.sha256}, expected {self.sha256}",
@@ -211,12 +215,12 @@ class Benchmark:
 
 
 def below_data(file: str) -> Path:
-    """``file`` as it is where it is there, is absolute or starts with a dot, else below the folder of benchmark files."""
+    """Return ``file`` itself where it is there, absolute or starts with a dot; else below the benchmarks' folder."""
     path = Path(os.path.expanduser(file))
     if path.is_absolute() or file.startswith("."):
         return path
     below = Path(os.path.expanduser(os.environ.get(DATA) or "data")) / path
-    return below if os.path.exists(below) and not os.path.exists(path) else path
+    return below if below.exists() and not path.exists() else path
 
 
 def is_bare(file: str) -> bool:

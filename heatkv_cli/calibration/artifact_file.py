@@ -100,7 +100,7 @@ def read_artifact(path: Path | str, kind: str) -> tuple[dict[str, Any], dict[str
     """Read an artifact of this kind: its header and its tensors, on the CPU.
 
     Raises:
-        ArtifactError: missing, truncated, changed, not written by heatkv, of another kind, or of another format version.
+        ArtifactError: missing, truncated, changed, not written by heatkv, or of another kind or format version.
     """
     path = Path(path)
     if not path.is_file():

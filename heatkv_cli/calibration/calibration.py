@@ -105,7 +105,7 @@ class Calibration:
             raise ArtifactError(
                 f"calibration: {name} is {kind} at {len(bad)} of {values.numel()} places, "
                 f"first for prompt {prompt}, layer {layer}",
-                f"calibrate in a wider number format, model.dtype=float32: {make_hint('calibration', self.geometry.model)}",
+                f"calibrate in float32: {make_hint('calibration', self.geometry.model)} model.dtype=float32",
             )
 
     def prompt_scores(self) -> Tensor:

@@ -58,7 +58,8 @@ class ScaleKV(WindowMethod):
             is left; `published`, the 10 % files for infinity-2b and infinity-8b (650 tokens, no calibration).
         floor: tokens left to a refiner; never more than half of the mean.
 
-    Source: arXiv 2505.19602, sections 3.2 and 3.3; files and scoring as read from StargazerX0/ScaleKV. Budgets away from 10 % are not published.
+    Source: arXiv 2505.19602, sections 3.2 and 3.3; files as read from StargazerX0/ScaleKV. Budgets away from 10 % are
+    not published.
     Differs: ASI averages over all queries and heads, of which the paper samples some. The files leave out single
     tokens that the mean allows; here the sum is exact. Where a layer grows while later ones still hold more than they
     will, those are cut one scale early: upstream exceeds its budget there. After the last scale nothing is compressed.

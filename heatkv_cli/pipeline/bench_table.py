@@ -133,20 +133,38 @@ def _rows(job: Job, full: Job, passes: Passes, command: str) -> Iterable[dict[st
     cfg, facts = job.cfg, environment()
     batch = cfg.runtime.batch_size
     common = {
-        "run_id": job.run_id, "model": cfg.model.name, "resolution": cfg.model.resolution,
-        "method": cfg.method.name, "method_args_json": cfg.method.params, "budget": cfg.budget.text if cfg.budget.rho is None else None,
+        "run_id": job.run_id,
+        "model": cfg.model.name,
+        "resolution": cfg.model.resolution,
+        "method": cfg.method.name,
+        "method_args_json": cfg.method.params,
+        "budget": cfg.budget.text if cfg.budget.rho is None else None,
         "rho": None if cfg.budget.rho is None else float(cfg.budget.rho),
-        **_machine(job), "batch_size": batch, "rows": batch * (2 if job.sampling.guided else 1),
-        "weights_sha256": job.inputs.weights_sha256, "schedule_sha256": job.plan_sha256,
-        "torch_version": torch.__version__, "heatkv_version": facts["heatkv_version"],
-        "git_sha": facts["git_sha"], "git_dirty": facts["git_dirty"], "created_utc": utc_now(), "command": command,
-    }  # fmt: skip
+        **_machine(job),
+        "batch_size": batch,
+        "rows": batch * (2 if job.sampling.guided else 1),
+        "weights_sha256": job.inputs.weights_sha256,
+        "schedule_sha256": job.plan_sha256,
+        "torch_version": torch.__version__,
+        "heatkv_version": facts["heatkv_version"],
+        "git_sha": facts["git_sha"],
+        "git_dirty": facts["git_dirty"],
+        "created_utc": utc_now(),
+        "command": command,
+    }
     for (scale, name, measure), number in numbers(job, full, passes).items():
         yield {
-            **common, "scale": scale, "stage": name, "measure": measure, "unit": _unit(measure),
-            "median": number.median, "low": number.low, "high": number.high, "repeats": number.repeats,
+            **common,
+            "scale": scale,
+            "stage": name,
+            "measure": measure,
+            "unit": _unit(measure),
+            "median": number.median,
+            "low": number.low,
+            "high": number.high,
+            "repeats": number.repeats,
             "ratio_to_full": number.ratio,
-        }  # fmt: skip
+        }
 
 
 def _unit(measure: str) -> str:
@@ -240,15 +258,18 @@ def shown(jobs: Sequence[Job], passes: Passes) -> list[tuple[str, list[str], lis
     columns += ["read", "pool", "policy", "beta_alloc", "beta_live", "beta_work", "added MiB", "peak MiB"]
     rows = [
         [
-            item["method"], item["budget"], f"{item['seconds_per_image']:.3g}",
+            item["method"],
+            item["budget"],
+            f"{item['seconds_per_image']:.3g}",
             *(_cell(item[name]) for name in ("ratio_to_full", "pass_ratio_by_ffn", "attention_ratio", "flop_ratio")),
             *(_cell(item[name]) for name in ("quotient", "quotient_by_ffn")),
             *(f"{item[name]:.1%}" for name in ("attention_read_share", "pool_share", "policy_share")),
             *(f"{item[name]:.4f}" for name in ("beta_alloc", "beta_live", "beta_work")),
-            _mebibytes(item["added_bytes"]), _mebibytes(item["peak_bytes"]),
+            _mebibytes(item["added_bytes"]),
+            _mebibytes(item["peak_bytes"]),
         ]
         for item in summary(jobs, passes)
-    ]  # fmt: skip
+    ]
     return [(title, columns, rows), _stages(jobs, passes)]
 
 

@@ -1,4 +1,4 @@
-"""eval: the order of work. Passes first, then judges, one in memory at a time; every number is written once it is known.
+"""eval: the order of work. Passes first, then judges, one in memory at a time; numbers are written as they come.
 
 Model by model:
 

@@ -37,11 +37,20 @@ def inventory(runs: Sequence[RunConfig], ui: Console, deep: bool = False) -> dic
     """
     records = [record(run, file, deep) for run in runs for file in run.model.weights.files]
     columns = ("model", "file", "size", "licence", "from", "state")
-    ui.table(columns, [
-        [r["model"], r["name"], "-" if r["bytes"] is None else size_text(r["bytes"]), r["licence"] or "-", r["from"],
-         f"{r['state']}: {r['problem']}" if r["problem"] else r["state"]]
-        for r in records
-    ])  # fmt: skip
+    ui.table(
+        columns,
+        [
+            [
+                r["model"],
+                r["name"],
+                "-" if r["bytes"] is None else size_text(r["bytes"]),
+                r["licence"] or "-",
+                r["from"],
+                f"{r['state']}: {r['problem']}" if r["problem"] else r["state"],
+            ]
+            for r in records
+        ],
+    )
     return {"files": records, "complete": all(r["state"] == PRESENT for r in records)}
 
 
@@ -188,12 +197,14 @@ def _unreachable(model: str, files: Sequence[WeightFile], target: Path, error: E
     lines = [f"  {url}" for url in _by_hand(files)]
     return SetupError(
         f"model {model}: cannot fetch from the hub: {_reason(error)}",
-        "\n".join((
-            "connect (and unset HF_HUB_OFFLINE), or fetch by hand into a folder named by --weights DIR or "
-            "HEATKV_WEIGHTS_DIR:",
-            *lines,
-        )),
-    )  # fmt: skip
+        "\n".join(
+            (
+                "connect (and unset HF_HUB_OFFLINE), or fetch by hand into a folder named by --weights DIR or "
+                "HEATKV_WEIGHTS_DIR:",
+                *lines,
+            )
+        ),
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -250,8 +261,10 @@ def download_benchmark(run: RunConfig, ui: Console, dry_run: bool = False, image
     else:
         total, commit = _ask_dataset(label, source, wanted)
         revisions = {source.dataset: commit}
-    ui.table(("file", "licence", "from"), [[str(path), source.licence or "none stated", source.url(file)]
-                                           for file, path in wanted.items()])  # fmt: skip
+    ui.table(
+        ("file", "licence", "from"),
+        [[str(path), source.licence or "none stated", source.url(file)] for file, path in wanted.items()],
+    )
     ui.say(f"{label}: {size_text(total)}")
     if not dry_run:
         _check_disk(total, benchmark.path, f"name another folder with {DATA}")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from heatkv_cli.benchmarks.base import ORIGINAL
+from heatkv_cli.metrics.pictures import read_image
 from heatkv_cli.metrics.scores import Sample
-from heatkv_cli.pipeline.image_folder import read_image
 from heatkv_cli.pipeline.measure import Item
 from heatkv_cli.planning.job import FREE, ImageJob, Job
 from heatkv_cli.results import RunFolder

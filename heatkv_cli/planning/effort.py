@@ -19,7 +19,7 @@ def large(run: RunConfig) -> bool:
 
 
 def hours_text(run: RunConfig, images: int) -> str:
-    """Return the time of some images in words: parameters x tokens x rows x 2 over what this CPU multiplies a second."""
+    """Return the time of some images in words: 2 x parameters x tokens x rows, over this CPU's rate."""
     rows = 2 if sampling_of(run.model).guided else 1
     tokens = geometry_of(run.model).schedule.num_tokens
     hours = 2 * _parameters(run) * tokens * rows * images / _rate(getattr(torch, run.model.dtype)) / 3600

@@ -509,7 +509,7 @@ def earlier(job: Job) -> list[tuple[Path, dict[str, Any]]]:
 
 def passes_of(job: Job) -> list[str]:
     """Return the passes that a run's metrics read, ordinary generation first; the reference itself needs no others."""
-    kinds = dict.fromkeys([FREE, *(metric.needs for metric in job.metrics.values())])
+    kinds = dict.fromkeys([FREE, *(metric.spec.needs for metric in job.metrics.values())])
     return [FREE] if job.cfg.is_reference and job.cfg == job.cfg.as_reference() else list(kinds)
 
 

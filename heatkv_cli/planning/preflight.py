@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from heatkv_cli.benchmarks.base import PromptSet
 from heatkv_cli.calibration.calibration import Calibration
 from heatkv_cli.config import Plan, RunConfig, config_hash
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.errors import BudgetError, ConfigError, Errors, HeatKVError, SetupError, raise_all
 from heatkv_cli.methods.base import Method, Setting
+from heatkv_cli.metrics.base import Metric, SetMetric
 from heatkv_cli.planning.effort import hours_text, large
 from heatkv_cli.planning.job import (
     Infeasible,
@@ -149,15 +151,15 @@ def _check_model(run: RunConfig, plan: Plan, resolver: Resolver, ready: Ready) -
             _gather(
                 ready, lambda prompts=prompts: model.prepare([item.prompt for item in prompts.items], run.text_root)
             )
-    if plan.command in DRAWING and run.runtime.device == "cpu" and not run.yes and not plan.dry_run:
-        if large(run):
-            count = sum(len(prompts) for prompts in found) * len(plan.runs)
-            ready.errors.append(
-                ConfigError(
-                    f"model={run.model.name} on a CPU takes about {hours_text(run, count)} for {count} images",
-                    "use a GPU (runtime=gpu), or say that you want it all the same: --yes",
-                )
+    asked_twice = run.yes or plan.dry_run or plan.command not in DRAWING
+    if run.runtime.device == "cpu" and not asked_twice and large(run):
+        count = sum(len(prompts) for prompts in found) * len(plan.runs)
+        ready.errors.append(
+            ConfigError(
+                f"model={run.model.name} on a CPU takes about {hours_text(run, count)} for {count} images",
+                "use a GPU (runtime=gpu), or say that you want it all the same: --yes",
             )
+        )
 
 
 def _calibrates(plan: Plan, resolver: Resolver) -> bool:
@@ -252,11 +254,11 @@ def _check_metrics(plan: Plan, resolver: Resolver, ready: Ready) -> None:
             prompts = _prompts_of(run, resolver)
             if prompts is None:
                 continue
-            _gather(ready, lambda metric=metric, prompts=prompts: metric.check_prompts(prompts.items))
+            _gather(ready, lambda metric=metric, prompts=prompts: _check_prompts(metric, prompts))
             ready.lacking += [Lacking(name, lack.what, lack.bytes, lack.fix) for lack in metric.lacks()]
             samples = run.benchmark.object.samples_per_prompt
             count = (len(prompts) if run.limit is None else min(run.limit, len(prompts))) * samples
-            if count < metric.min_images:
+            if isinstance(metric, SetMetric) and count < metric.min_images:
                 fix = f"--limit all, or metric.{name}.min_images={max(count, 2)}"
                 ready.lacking.append(
                     Lacking(name, f"{count} images, at least {metric.min_images} are needed", None, fix)
@@ -264,7 +266,12 @@ def _check_metrics(plan: Plan, resolver: Resolver, ready: Ready) -> None:
     ready.lacking = list(dict.fromkeys(ready.lacking))
 
 
-def _prompts_of(run: RunConfig, resolver: Resolver) -> Any:
+def _check_prompts(metric: Metric, prompts: PromptSet) -> None:
+    for item in prompts.items:
+        metric.check_prompt(item.id, item.meta)
+
+
+def _prompts_of(run: RunConfig, resolver: Resolver) -> PromptSet | None:
     try:
         return resolver.prompts(run.benchmark)
     except HeatKVError:

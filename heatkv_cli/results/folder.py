@@ -173,6 +173,10 @@ class RunFolder:
         found = (self.row(image_id) for image_id in {**self._mine, **self._others})
         return [row for row in found if row is not None]
 
+    def listed(self) -> list[dict[str, Any]]:
+        """Return the rows of all images that the manifests name, whatever became of their files."""
+        return list({**self._others, **self._mine}.values())
+
     def done(self, image_ids: Iterable[str]) -> bool:
         """Whether every image of a batch is done; a batch is the unit of resuming."""
         return all(self.row(image_id) is not None for image_id in image_ids)

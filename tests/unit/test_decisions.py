@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from heatkv_cli.metrics.decisions import GENEVAL, RELATION_NAMES, Detection, Rules, decide, relations, select
+from heatkv_cli.metrics.objects.decisions import GENEVAL, RELATION_NAMES, Detection, Rules, decide, relations, select
 
 STRICT = Rules(strict=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,46 +14,60 @@ import numpy as np
 import pytest
 from PIL import Image as Pixels
 
-from heatkv_cli.config import MetricConfig
 from heatkv_cli.console import Console
 from heatkv_cli.errors import ArtifactError, SetupError
-from heatkv_cli.metrics.base import Image, Sample, Score, Value
-from heatkv_cli.metrics.fid import FID
-from heatkv_cli.metrics.moments import Moments, frechet_value
-from heatkv_cli.metrics.psnr import PSNR
+from heatkv_cli.metrics.base import ImageMetric, Sample, Score, SetMetric, Spec, Value
+from heatkv_cli.metrics.frechet import frechet_value
+from heatkv_cli.metrics.inception.fid import FID
+from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap
+from heatkv_cli.metrics.parameters import aside, parameter
+from heatkv_cli.metrics.pixels import PSNR
+from heatkv_cli.metrics.scores import Image
+from heatkv_cli.metrics.statistics import Moments
 from heatkv_cli.pipeline.image_folder import read_image, reference_of
 from heatkv_cli.pipeline.measure import Item, Measured, measure, metric_rows
 
 
-class Brightness:
+@dataclass(frozen=True)
+class Brightness(ImageMetric):
     """An image metric that counts its work, and stops where it is told."""
 
-    name, version, unit, higher_is_better, kind, needs = "brightness", "1", "", True, "prompt", "free"
+    SPEC = Spec("brightness", "1", "", True, "prompt")
 
-    def __init__(self, batch_size: int = 4, stop_after: int | None = None, weights_sha256: str = "") -> None:
-        self.batch_size, self.stop_after, self.seen = batch_size, stop_after, list[str]()
-        self.weights_sha256 = weights_sha256
+    batch_size: int = aside(4, least=1)
+    stop_after: int | None = aside(None)
+    weights: str = aside("none")
+    strict: bool = parameter(False)
+    seen: list[str] = field(default_factory=list, metadata={"counts": False})
 
-    def score(self, sample: Sample) -> Score:
-        return self.score_batch([sample])[0]
+    def __post_init__(self) -> None:
+        """Nothing to check."""
+
+    def digest(self) -> str:
+        return self.weights
 
     def score_batch(self, samples: Sequence[Sample]) -> list[Score]:
         if self.stop_after is not None and len(self.seen) >= self.stop_after:
             raise KeyboardInterrupt
-        self.seen += [s.prompt_id for s in samples]
+        self.seen.extend(s.prompt_id for s in samples)
         return [Score(s.prompt_id, s.index, float(s.image.mean())) for s in samples]  # type: ignore[union-attr]
 
-    def summarise(self, scores: Sequence[Score], baseline: Sequence[Score] | None = None) -> list[Value]:
+    def summarise(
+        self, scores: Sequence[Score], baseline: Sequence[Score] | None = None, bootstrap: Bootstrap = DEFAULT
+    ) -> list[Value]:
         return [Value("", math.fsum(s.value for s in scores) / len(scores), 0.1, 0.0, 1.0, len(scores))]
 
 
 class Corner:
     """Features of an image: its first 4 numbers."""
 
-    name, weights_sha256 = "corner", "c" * 64
+    name = "corner"
 
     def __init__(self, stop_after: int | None = None) -> None:
         self.calls, self.stop_after = 0, stop_after
+
+    def digest(self) -> str:
+        return "c" * 64
 
     def __call__(self, images: Sequence[Image]) -> np.ndarray:
         if self.stop_after is not None and self.calls >= self.stop_after:
@@ -61,20 +76,29 @@ class Corner:
         return np.stack([image.ravel()[:4] for image in images]).astype(np.float32)
 
 
-class CornerDistance:
+@dataclass(frozen=True)
+class CornerDistance(SetMetric):
     """A set metric on them."""
 
-    name, version, unit, higher_is_better, kind, needs = "corner_distance", "1", "", False, "set", "free"
-    reference, min_images, weights_sha256 = "full", 2, "c" * 64
+    SPEC = Spec("corner_distance", "1", "", False, "set")
 
-    def __init__(self, extractor: Corner | None = None, batch_size: int = 4) -> None:
-        self.extractor, self.batch_size = extractor or Corner(), batch_size
+    corner: Corner = field(default_factory=Corner, metadata={"counts": False})
+    batch_size: int = aside(4, least=1)
+    min_images: int = parameter(2, least=2)
+    reference: str = parameter("full")
+
+    def __post_init__(self) -> None:
+        """Nothing to check."""
+
+    @property
+    def extractor(self) -> Corner:
+        return self.corner
 
     def statistics(self) -> Moments:
         return Moments(4)
 
-    def compute(self, images: Moments, reference: Any) -> list[Value]:
-        return [frechet_value("", images, reference)]
+    def compute(self, images: Moments, reference: Any = None, bootstrap: Bootstrap = DEFAULT) -> list[Value]:
+        return [frechet_value("", images, reference, bootstrap)]
 
 
 def picture(i: int) -> Image:
@@ -95,8 +119,7 @@ def ui() -> Console:
 
 
 def run(metric: Any, images: list[Item], folder: Path, ui: Console, **more: Any) -> Measured:
-    config = MetricConfig(metric.name, "tests.Metric", params=more.pop("params", {}))
-    return measure(metric, config, images, folder, ui, **more)
+    return measure(metric, images, folder, ui, **more)
 
 
 def test_scores_go_on_at_the_image_where_they_stopped(tmp_path: Path, ui: Console) -> None:
@@ -116,13 +139,13 @@ def test_scores_go_on_at_the_image_where_they_stopped(tmp_path: Path, ui: Consol
 def test_scores_are_made_again_when_anything_they_depend_on_changes(tmp_path: Path, ui: Console) -> None:
     run(Brightness(), items(6), tmp_path, ui)
     changed = items(5) + items(6, "other")[5:]
-    for metric, images, params, expected in (
-        (Brightness(), changed, {}, 1),  # an image
-        (Brightness(weights_sha256="d" * 64), items(6), {}, 6),
-        (Brightness(), items(6), {"strict": True}, 6),
-        (Brightness(batch_size=1), items(6), {"batch_size": 1, "resamples": 7, "device": "x"}, 1),  # 05 again
+    for metric, images, expected in (
+        (Brightness(), changed, 1),  # an image
+        (Brightness(weights="d" * 64), items(6), 6),
+        (Brightness(strict=True), items(6), 6),
+        (Brightness(batch_size=1, name="brightness"), items(6), 1),  # 05 again
     ):
-        run(metric, images, tmp_path, ui, params=params)
+        run(metric, images, tmp_path, ui, bootstrap=Bootstrap(7))
         assert len(metric.seen) == expected
 
 
@@ -189,7 +212,7 @@ def test_wrong_size_spoils_one_image_and_wrong_weights_the_metric(tmp_path: Path
         small = np.zeros((1, 1, 3), np.uint8) if i == 2 else picture(50)
         return Sample(str(i), image=picture(i), reference=small)
 
-    found = run(PSNR(resamples=10), [Item(str(i), "k", partial(load, i)) for i in range(5)], tmp_path, ui)
+    found = run(PSNR(), [Item(str(i), "k", partial(load, i)) for i in range(5)], tmp_path, ui)
     assert (found.status, found.values[0].n) == ("partial", 4)
     assert "(2, 2, 3) but its reference has (1, 1, 3)" in found.reason
 
@@ -218,8 +241,7 @@ def test_what_is_missing_skips_one_metric_with_a_row_that_says_so(
     fid = FID(min_images=2)
     skipped = run(fid, items(3), tmp_path, ui)
     assert skipped.status == "skipped" and "weights-inception-2015-12-05-6726825d.pth" in skipped.reason
-    few = CornerDistance()
-    few.min_images = 2048
+    few = CornerDistance(min_images=2048)
     (row,) = metric_rows(few, run(few, items(3), tmp_path, ui))
     assert row["status"] == "skipped" and "3 images, at least 2048 are needed" in row["reason"]
     assert few.extractor.calls == 0, "nothing is extracted for a metric that will be skipped"

@@ -239,7 +239,7 @@ class Window:
 
 
 def window_tokens(window: int | Literal["auto"], default: int, cap: int) -> int:
-    """Return the observed queries of a method: as given, or for `auto` min(the paper's default, a quarter of the cap)."""
+    """Return the number of observed queries: as given, or for `auto` min(the paper's, a quarter of the cap)."""
     return min(default, max(1, cap // 4)) if window == "auto" else window
 
 

@@ -70,7 +70,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class TokenizerParams(TokenizerConfig):
-    """The tokenizer's section of a model's YAML: its shape, and how positions are packed into tokens (`Codes.patch`)."""
+    """The tokenizer's section of a model's YAML: its shape, and how positions are packed into tokens."""
 
     patch: int = 1
 

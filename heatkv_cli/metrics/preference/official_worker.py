@@ -4,7 +4,7 @@ Imports nothing of heatkv, only the standard library and the package it is asked
 ``python official_worker.py PACKAGE OPTIONS``, OPTIONS a JSON object:
 
     hpsv2         checkpoint, release ("v2.1"), device
-    image-reward  checkpoint, med_config, vocab (None: bert-base-uncased from the hub), device
+    image-reward  checkpoint, med_config, vocab (None: bert-base-uncased from the hub, at BERT_COMMIT), device
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from importlib import metadata
 
 PROTOCOL = 1
+BERT_COMMIT = "86b5e0934494bd15c9632b12f734a8a67f723594"
 DISTRIBUTIONS = ("hpsv2", "hpsv2x", "image-reward", "torch", "torchvision", "transformers", "timm", "pillow")
 
 
@@ -53,14 +54,20 @@ def load_hpsv2(options):
 
 
 def load_image_reward(options):
-    """Return ``score(image, prompt)`` of the package's model; the tokenizer is the file ``vocab`` where it is given."""
+    """Return ``score(image, prompt)`` of the package's model.
+
+    One thing of the package is changed: its tokenizer is the file ``vocab`` or, without one, that of a fixed commit.
+    """
     import ImageReward
     import torch
     from ImageReward.models.BLIP import blip
 
+    tokenizer = blip.BertTokenizer
     if options.get("vocab"):
-        tokenizer = blip.BertTokenizer
         tokenizer.from_pretrained = classmethod(lambda cls, name: cls(vocab_file=options["vocab"], do_lower_case=True))
+    else:
+        fetch = tokenizer.from_pretrained
+        tokenizer.from_pretrained = classmethod(lambda cls, name: fetch(name, revision=BERT_COMMIT))
     device = options.get("device", "cpu")
     model = ImageReward.load(options["checkpoint"], device=device, med_config=options["med_config"])
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import queue
 import subprocess
 import threading
@@ -28,7 +29,7 @@ from typing import Any
 from PIL import Image as Pixels
 
 from heatkv_cli.errors import ArtifactError, SetupError
-from heatkv_cli.metrics.base import Image
+from heatkv_cli.metrics.scores import Image
 
 PROTOCOL = 1
 WORKER = Path(__file__).with_name("official_worker.py")
@@ -55,7 +56,7 @@ class OfficialScorer:
         self, package: str, python: str, options: Mapping[str, Any], timeout: float, worker: Path = WORKER
     ) -> None:
         self._package, self._python, self._timeout = package, python, timeout
-        command = [str(Path(python).expanduser()), "-u", str(worker), package, json.dumps(dict(options))]
+        command = [os.path.expanduser(python), "-u", str(worker), package, json.dumps(dict(options))]
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
@@ -72,13 +73,14 @@ class OfficialScorer:
         self._listener.start()
         self.close = weakref.finalize(self, _end, self._process)
         hello = self._answer("starting")
-        if hello.get("ready") != package or hello.get("protocol") != PROTOCOL:
+        versions = hello.get("versions")
+        if (hello.get("ready"), hello.get("protocol")) != (package, PROTOCOL) or not isinstance(versions, dict):
             self.close()
             raise SetupError(f"the worker for {package} did not greet with protocol {PROTOCOL}: {hello}", "reinstall")
-        self.versions: dict[str, str] = hello["versions"]
+        self.versions: dict[str, str] = versions
 
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
-        """Scores as the package gives them.
+        """Return scores as the package gives them.
 
         Raises:
             ArtifactError: the package failed on a picture.
@@ -102,7 +104,11 @@ class OfficialScorer:
             raise SetupError(f"the official {self._package} answered out of turn: {answer}", "run the command again")
         if "error" in answer:
             raise ArtifactError(f"official {self._package}, prompt {prompt[:60]!r}: {answer['error']}")
-        return float(answer["score"])
+        score = answer.get("score")
+        if not isinstance(score, (int, float)) or isinstance(score, bool):
+            self.close()
+            raise SetupError(f"the official {self._package} answered without a score: {answer}", "run it again")
+        return float(score)
 
     def _answer(self, doing: str) -> dict[str, Any]:
         try:
@@ -117,7 +123,7 @@ class OfficialScorer:
             raise self._dead(f"while {doing}")
         try:
             answer = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             self.close()

@@ -19,43 +19,123 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from heatkv_cli.errors import ArtifactError
-from heatkv_cli.metrics.base import Image
-from heatkv_cli.metrics.decisions import Box
-from heatkv_cli.metrics.mmdet import to_transformers
-from heatkv_cli.metrics.weights import WeightsFile, load_exactly, package, read_checkpoint
+from heatkv_cli.errors import ArtifactError, ConfigError
+from heatkv_cli.metrics.networks import ready
+from heatkv_cli.metrics.objects.decisions import Box
+from heatkv_cli.metrics.objects.mmdet import to_transformers
+from heatkv_cli.metrics.scores import Image
+from heatkv_cli.metrics.weights import WeightsFile, load_exactly, package, read_state
 
 NAMES: tuple[str, ...] = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
-    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
-    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
-    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
-    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
-    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
-    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock",
-    "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
+    "person",
+    "bicycle",
+    "car",
+    "motorcycle",
+    "airplane",
+    "bus",
+    "train",
+    "truck",
+    "boat",
+    "traffic light",
+    "fire hydrant",
+    "stop sign",
+    "parking meter",
+    "bench",
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "backpack",
+    "umbrella",
+    "handbag",
+    "tie",
+    "suitcase",
+    "frisbee",
+    "skis",
+    "snowboard",
+    "sports ball",
+    "kite",
+    "baseball bat",
+    "baseball glove",
+    "skateboard",
+    "surfboard",
+    "tennis racket",
+    "bottle",
+    "wine glass",
+    "cup",
+    "fork",
+    "knife",
+    "spoon",
+    "bowl",
+    "banana",
+    "apple",
+    "sandwich",
+    "orange",
+    "broccoli",
+    "carrot",
+    "hot dog",
+    "pizza",
+    "donut",
+    "cake",
+    "chair",
+    "couch",
+    "potted plant",
+    "bed",
+    "dining table",
+    "toilet",
+    "tv",
+    "laptop",
+    "computer mouse",
+    "tv remote",
+    "computer keyboard",
+    "cell phone",
+    "microwave",
+    "oven",
+    "toaster",
+    "sink",
+    "refrigerator",
+    "book",
+    "clock",
+    "vase",
+    "scissors",
+    "teddy bear",
+    "hair drier",
+    "toothbrush",
+)
 """COCO's 80 things in COCO's order under GenEval's names; detectors, which name some otherwise, are mapped by index."""
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SHORT, LONG, MULTIPLE = 800, 1333, 32
 MAX_INSTANCES = 100
 
+_MMDET = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
+_META = "facebook/mask2former-swin-small-coco-instance"
 DETECTORS = {
     "mmdet-swin-s": WeightsFile(
-        "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
-        "download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/",
+        f"{_MMDET}_20220504_001756-743b7d99.pth",
+        f"https://download.openmmlab.com/mmdetection/v2.0/mask2former/{_MMDET}/",
         licence="Apache-2.0",
+        sha256=("743b7d99015f1224c6d57fd4b14d04b15cc8ec72ae7ee7831e7c71d8873b7a54",),
     ),
     "meta-swin-s": WeightsFile(
         "mask2former-swin-small-coco-instance.safetensors",
-        "huggingface.co/facebook/mask2former-swin-small-coco-instance (model.safetensors)",
-        "facebook/mask2former-swin-small-coco-instance",
+        f"https://huggingface.co/{_META} (model.safetensors)",
+        _META,
         "model.safetensors",
         "MIT",
     ),
 }
-"""``mmdet-swin-s`` is GenEval's own; ``meta-swin-s`` is another training run of the same network: other numbers."""
+"""``mmdet-swin-s`` is GenEval's own; ``meta-swin-s`` is another training run of the same network: other numbers.
+
+No digest of Meta's file is known here: safetensors hold no code, every key has to fit, the self-test has to pass.
+"""
+PARAMETERS = 68_800_000
+"""Numbers in Mask2Former with Swin-S."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +156,7 @@ class Instance:
 
 
 def resized(height: int, width: int) -> tuple[int, int]:
-    """Size at which a picture is looked at: as large as fits both 1333 x 800 and 800 x 1333.
+    """Return the size at which a picture is looked at: as large as fits both 1333 x 800 and 800 x 1333.
 
     >>> resized(1024, 1024), resized(256, 1024)
     ((800, 800), (333, 1333))
@@ -86,7 +166,9 @@ def resized(height: int, width: int) -> tuple[int, int]:
 
 
 def prepare(image: Image, size: tuple[int, int]) -> Tensor:
-    """The network's input: bilinear resize without antialias, ImageNet's mean and deviation, zeros to multiples of 32.
+    """Return the network's input.
+
+    Rule: bilinear resize without antialias, ImageNet's mean and deviation, zeros to multiples of 32.
 
     Args:
         image: (H, W, 3), 8 bit.
@@ -105,10 +187,14 @@ def prepare(image: Image, size: tuple[int, int]) -> Tensor:
 
 
 def instances(
-    classes: Tensor, masks: Tensor, padded: tuple[int, int], looked: tuple[int, int], original: tuple[int, int],
+    classes: Tensor,
+    masks: Tensor,
+    padded: tuple[int, int],
+    looked: tuple[int, int],
+    original: tuple[int, int],
     min_score: float = 0.0,
-) -> list[Instance]:  # fmt: skip
-    """Objects from the network's output for one picture, as mmdet finds them.
+) -> list[Instance]:
+    """Return the objects in the network's output for one picture, as mmdet finds them.
 
     Rule: softmax over classes, "nothing" dropped; the 100 best pairs of query and class; mask logits bilinearly to the
     padded input, its padding cut off, then to the original size; the mask is where they are positive.
@@ -155,21 +241,14 @@ class Detector:
             those of ``SwinConfig``; None is Swin-S.
 
     Raises:
-        SetupError: transformers is not installed.
+        SetupError: transformers is not installed, or there is no such device.
+        ConfigError: the sizes are of no network.
         ArtifactError: the weights are not this network's.
     """
 
     def __init__(self, path: Path, device: str = "cpu", config: dict[str, Any] | None = None) -> None:
-        transformers: Any = package("transformers", "geneval")
-        sizes = dict(config or {})
-        swin = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
-        swin |= dict(sizes.pop("backbone_config", {}))
-        backbone = transformers.SwinConfig(**swin, out_features=[f"stage{i}" for i in (1, 2, 3, 4)])
-        net = transformers.Mask2FormerForUniversalSegmentation(
-            transformers.Mask2FormerConfig(backbone_config=backbone, num_labels=len(NAMES), **sizes)
-        )
-        content = read_checkpoint(path)
-        state = content.get("state_dict", content)
+        net = _build(dict(config or {}))
+        state = read_state(path)
         if any(key.startswith("panoptic_head.") for key in state):
             state = to_transformers(state, path)
         own = net.state_dict()
@@ -178,11 +257,11 @@ class Detector:
         # The loss's class weights and a norm behind the last stage take no part in detection; mmdet has neither.
         state = {key: own[key] for name, key in place.items() if _IDLE.match(name) or _DERIVED.fullmatch(key)} | state
         load_exactly(net, state, path)
-        self._net, self._device = net.float().to(device).eval(), device
+        self._net, self._device = ready(net.float(), device), device
 
     @torch.inference_mode()
     def __call__(self, image: Image, min_score: float = 0.0) -> list[Instance]:
-        """Objects of one (H, W, 3) 8-bit picture, most confident first.
+        """Return the objects of one (H, W, 3) 8-bit picture, most confident first.
 
         Raises:
             ArtifactError: the network gives numbers that are not finite.
@@ -196,6 +275,19 @@ class Detector:
         if not (classes.isfinite().all() and masks.isfinite().all()):
             raise ArtifactError("the detector gives numbers that are not finite", "are its weights whole?")
         return instances(classes, masks, (pixels.shape[2], pixels.shape[3]), looked, (height, width), min_score)
+
+
+def _build(sizes: dict[str, Any]) -> Any:
+    transformers: Any = package("transformers", "geneval")
+    swin = {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
+    try:
+        swin |= dict(sizes.pop("backbone_config", {}))
+        backbone = transformers.SwinConfig(**swin, out_features=[f"stage{i}" for i in (1, 2, 3, 4)])
+        config = transformers.Mask2FormerConfig(backbone_config=backbone, num_labels=len(NAMES), **sizes)
+        return transformers.Mask2FormerForUniversalSegmentation(config)
+    except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"detector_config makes no network: {reason}", "correct it, or leave it away") from error
 
 
 _DERIVED = re.compile(r".*\.relative_position_index")
@@ -214,7 +306,7 @@ _RENAMED = (
 
 
 def _today(key: str) -> str:
-    """A Swin key of transformers 4 under its name in transformers 5; any other as it is."""
+    """The name in transformers 5 of a Swin key of transformers 4; any other key as it is."""
     for pattern, target in _RENAMED:
         key = re.sub(pattern, target, key)
     return key

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from heatkv_cli.metrics.base import Kind, Pass, Value
-from heatkv_cli.metrics.inception import Mode, OnInception
-from heatkv_cli.metrics.moments import Rows
+from heatkv_cli.metrics.base import Spec, Value
+from heatkv_cli.metrics.inception.network import OnInception
+from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap
+from heatkv_cli.metrics.parameters import parameter
+from heatkv_cli.metrics.statistics import Rows
 
 _SHUFFLE_SEED = 2020
 """torch-fidelity's; with another one its split means cannot be compared."""
@@ -25,37 +26,23 @@ class InceptionScore(OnInception):
     splits; the value beside it in ``std`` is the spread over splits, which is what papers print.
 
     Args:
-        mode: preprocessing, see ``Inception``.
         splits: parts of the list.
         shuffle: draw the splits at random (torch-fidelity) rather than in order (ADM's evaluator).
-        min_images: with fewer the metric is skipped.
-        batch_size, weights, device, weights_folder: of Inception.
 
     Source: Salimans et al., arXiv 1606.03498; behaviour of torch-fidelity 0.4.0.
     """
 
-    mode: Mode = "tf1"
-    splits: int = 10
-    shuffle: bool = True
-    min_images: int = 2048
-    batch_size: int = 32
-    weights: str | None = None
-    device: str = "cpu"
-    weights_folder: Path | None = None
-    name: str = "isc"
-    version: ClassVar[str] = "1"
-    unit: ClassVar[str] = ""
-    higher_is_better: ClassVar[bool] = True
-    kind: ClassVar[Kind] = "set"
-    needs: ClassVar[Pass] = "free"
-    reference: ClassVar[None] = None
+    SPEC: ClassVar[Spec] = Spec("isc", "1", "", higher_is_better=True, kind="set")
+
+    splits: int = parameter(10, least=1, most=10_000)
+    shuffle: bool = parameter(True)
 
     def statistics(self) -> Rows:
-        """Empty rows."""
+        """Return empty rows."""
         return Rows()
 
-    def compute(self, images: Rows, reference: None = None) -> list[Value]:
-        """Mean over splits.
+    def compute(self, images: Rows, reference: None = None, bootstrap: Bootstrap = DEFAULT) -> list[Value]:
+        """Return the mean over splits.
 
         Raises:
             ValueError: fewer images than splits.
@@ -75,5 +62,5 @@ class InceptionScore(OnInception):
             scores.append((p[part] * (log_p[part] - marginal.log())).sum(1).mean().exp().item())
         mean, std = float(np.mean(scores)), float(np.std(scores))
         stderr = std / math.sqrt(self.splits - 1) if self.splits > 1 else math.nan
-        extra = {"std": std, "splits": float(self.splits)}
-        return [Value(self.mode, mean, stderr, mean - 1.96 * stderr, mean + 1.96 * stderr, n, extra)]
+        half, extra = bootstrap.normal * stderr, {"std": std, "splits": float(self.splits)}
+        return [Value(self.variant, mean, stderr, mean - half, mean + half, n, extra)]

@@ -1,22 +1,18 @@
-"""The input of CLIP-like networks: short side, centre crop, CLIP's mean and deviation; and pictures of self-tests."""
+"""The input of CLIP-like networks: short side, centre crop, CLIP's mean and deviation."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 from PIL import Image as Pixels
 from torch import Tensor
 
-from heatkv_cli.errors import ArtifactError
-from heatkv_cli.metrics.base import Image
+from heatkv_cli.metrics.scores import Image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def cropped(image: Image, size: int = 224) -> Tensor:
-    """The network's input.
+    """Return the network's input.
 
     Rule: Pillow's bicubic resize of the short side to ``size``, centre crop, to [0, 1], CLIP's mean and deviation.
 
@@ -34,16 +30,3 @@ def cropped(image: Image, size: int = 224) -> Tensor:
 
     picture = F.resize(Pixels.fromarray(image), [size], InterpolationMode.BICUBIC)
     return F.normalize(F.to_tensor(F.center_crop(picture, [size, size])), CLIP_MEAN, CLIP_STD)
-
-
-def read_picture(path: Path) -> Image:
-    """(H, W, 3) 8-bit pixels of a picture that a self-test knows the answer for.
-
-    Raises:
-        ArtifactError: it cannot be read.
-    """
-    try:
-        with Pixels.open(path) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error}", "fetch it again") from error

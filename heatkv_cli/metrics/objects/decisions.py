@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from heatkv_cli.errors import ConfigError
+
 Box = tuple[float, float, float, float]
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """GenEval's tasks, in its order; a score is the unweighted mean over them."""
@@ -89,11 +91,10 @@ def decide(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: 
         rules: constants.
 
     Raises:
-        ValueError: no ``include``, or a position with an unknown relation or a group that does not come earlier.
+        ValueError: as ``check_metadata``.
     """
-    include: Sequence[Mapping[str, Any]] = metadata.get("include", ())
-    if not include:
-        raise ValueError("metadata has no 'include' groups")
+    check_metadata(metadata)
+    include: Sequence[Mapping[str, Any]] = metadata["include"]
     found = select(detections, metadata.get("tag", ""), rules)
     reasons: list[str] = []
     matched: list[list[Detection] | None] = []
@@ -113,8 +114,69 @@ def decide(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: 
     return Decision(not reasons, "; ".join(reasons))
 
 
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Check that a picture can be judged by a prompt's metadata.
+
+    Raises:
+        ValueError: it is not of the form that ``decide`` wants, or a position has an unknown relation or a group that
+            does not come earlier.
+    """
+    include = metadata.get("include", ())
+    if isinstance(include, (list, tuple)) and not include:
+        raise ValueError("metadata has no 'include' groups")
+    for key, groups in (("include", include), ("exclude", metadata.get("exclude", ()))):
+        if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
+            raise ValueError(f"{key!r} is no list of groups: {groups!r}")
+        for group in groups:
+            _check_group(key, group)
+    for index, group in enumerate(include):
+        if "position" in group:
+            _position(group["class"], group["position"], index)
+
+
+def _check_group(key: str, group: Mapping[str, Any]) -> None:
+    if not isinstance(group.get("class"), str):
+        raise ValueError(f"a group of {key!r} has no 'class': {dict(group)!r}")
+    if type(group.get("count")) is not int or group["count"] < 1:
+        raise ValueError(f"the 'count' of {group['class']!r} is no whole number of at least 1: {group.get('count')!r}")
+    if "color" in group and not isinstance(group["color"], str):
+        raise ValueError(f"the 'color' of {group['class']!r} is no text: {group['color']!r}")
+
+
+def _position(cls: str, position: Any, earlier: int) -> tuple[str, int]:
+    """Relation and group of a position; ``earlier`` groups come before its own."""
+    if not isinstance(position, (list, tuple)) or len(position) != 2 or type(position[1]) is not int:
+        raise ValueError(f"the 'position' of {cls!r} is no pair of relation and group: {position!r}")
+    relation, index = position
+    if relation not in RELATION_NAMES:
+        raise ValueError(f"unknown relation {relation!r}; relations: {', '.join(RELATION_NAMES)}")
+    if not 0 <= index < earlier:
+        raise ValueError(f"position of {cls!r} refers to group {index}, which does not come earlier")
+    return relation, index
+
+
+def judged_by(metric: str, prompt_id: str, metadata: Mapping[str, Any], fix: str) -> None:
+    """Check a prompt's metadata for a metric.
+
+    Args:
+        metric: its name, for messages.
+        prompt_id: of the prompt.
+        metadata: of the prompt.
+        fix: what to type where there is none at all.
+
+    Raises:
+        ConfigError: there is none, or ``check_metadata`` refuses it.
+    """
+    if not isinstance(metadata.get("tag"), str) or not metadata.get("include"):
+        raise ConfigError(f"metric {metric}: prompt {prompt_id} has no 'tag' and 'include' to be judged by", fix)
+    try:
+        check_metadata(metadata)
+    except ValueError as error:
+        raise ConfigError(f"metric {metric}: prompt {prompt_id}: {error}", "correct the list of prompts") from error
+
+
 def select(detections: Sequence[Detection], tag: str, rules: Rules = GENEVAL) -> dict[str, list[Detection]]:
-    """The detections that count, by class, most confident first (equal scores keep their order).
+    """Return the detections that count, by class, most confident first (equal scores keep their order).
 
     Args:
         detections: all objects of the picture.
@@ -130,7 +192,7 @@ def select(detections: Sequence[Detection], tag: str, rules: Rules = GENEVAL) ->
 
 
 def relations(box: Box, other: Box, rules: Rules = GENEVAL) -> frozenset[str]:
-    """Where ``box`` lies relative to ``other``: none, one or two of ``RELATION_NAMES``.
+    """Return where ``box`` lies relative to ``other``: none, one or two of ``RELATION_NAMES``.
 
     >>> sorted(relations((0, 0, 10, 10), (40, 0, 50, 10)))
     ['left of']
@@ -178,11 +240,7 @@ def _misplaced(
     earlier: Sequence[Sequence[Detection] | None],
     rules: Rules,
 ) -> str:
-    relation, index = position
-    if relation not in RELATION_NAMES:
-        raise ValueError(f"unknown relation {relation!r}; relations: {', '.join(RELATION_NAMES)}")
-    if not 0 <= index < len(earlier):
-        raise ValueError(f"position of {cls!r} refers to group {index}, which does not come earlier")
+    relation, index = _position(cls, position, len(earlier))
     targets = earlier[index]
     if targets is None:
         return f"no target for {cls} to be {relation}"

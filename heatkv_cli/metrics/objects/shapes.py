@@ -6,18 +6,19 @@ picture of a scene (tests); on generated pictures it never abstains: every colou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from heatkv_cli.errors import ConfigError
-from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, image_of, paired_difference
-from heatkv_cli.metrics.decisions import TASKS, Detection, Rules, decide
-from heatkv_cli.metrics.intervals import bootstrap_interval
+from heatkv_cli.metrics.base import ImageMetric, Sample, Score, Spec, Value
+from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap, mean_value
+from heatkv_cli.metrics.objects.decisions import TASKS, Detection, Rules, decide, judged_by
+from heatkv_cli.metrics.parameters import parameter
+from heatkv_cli.metrics.scores import Image, image_of
 
 PALETTE: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.12, 0.12),
@@ -42,7 +43,7 @@ _COLOURS = np.array(list(PALETTE.values()))
 
 
 def detect(image: Image, min_chroma: float = 0.28, min_area: float = 0.012) -> list[Detection]:
-    """Find the objects of a picture.
+    """Return the objects of a picture.
 
     Rule: pixels whose largest and smallest channel differ by more than ``min_chroma`` are foreground; its
     4-connected components above ``min_area`` are the objects. Colour: the palette colour nearest to most of the
@@ -82,7 +83,7 @@ def _iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
 
 
 @dataclass(frozen=True)
-class ShapesScore:
+class ShapesScore(ImageMetric):
     """Share of pictures that show what was asked, unweighted mean over GenEval's six tasks.
 
     Rule: ``decisions.decide`` on ``detect``. The interval resamples prompts within tasks. Variants give the accuracy
@@ -94,30 +95,27 @@ class ShapesScore:
 
     Args:
         strict: see above.
-        threshold, counting_threshold, max_objects, nms_threshold, position_threshold, direction_threshold: constants
-            of ``decisions.Rules``.
-        min_chroma, min_area: of ``detect``.
-        resamples, confidence, seed: of the bootstrap.
+        threshold: see ``decisions.Rules``, as are the next five.
+        counting_threshold: likewise.
+        max_objects: likewise.
+        nms_threshold: likewise.
+        position_threshold: likewise.
+        direction_threshold: likewise.
+        min_chroma: see ``detect``.
+        min_area: see ``detect``.
     """
 
-    strict: bool = True
-    threshold: float = 0.0
-    counting_threshold: float = 0.0
-    max_objects: int = 16
-    nms_threshold: float = 1.0
-    position_threshold: float = 0.1
-    direction_threshold: float = 0.5
-    min_chroma: float = 0.28
-    min_area: float = 0.012
-    resamples: int = 10_000
-    confidence: float = 0.95
-    seed: int = 0
-    name: ClassVar[str] = "shapes"
-    version: ClassVar[str] = "1"
-    unit: ClassVar[str] = "fraction"
-    higher_is_better: ClassVar[bool] = True
-    kind: ClassVar[Kind] = "prompt"
-    needs: ClassVar[Pass] = "free"
+    SPEC: ClassVar[Spec] = Spec("shapes", "1", "fraction", higher_is_better=True, kind="prompt")
+
+    strict: bool = parameter(True)
+    threshold: float = parameter(0.0, least=0, most=1)
+    counting_threshold: float = parameter(0.0, least=0, most=1)
+    max_objects: int = parameter(16, least=1)
+    nms_threshold: float = parameter(1.0, above=0, most=1)
+    position_threshold: float = parameter(0.1, least=0, most=1)
+    direction_threshold: float = parameter(0.5, least=0, most=1)
+    min_chroma: float = parameter(0.28, least=0, most=1)
+    min_area: float = parameter(0.012, least=0, most=1)
 
     @property
     def rules(self) -> Rules:
@@ -132,30 +130,44 @@ class ShapesScore:
             strict=self.strict,
         )
 
-    def score(self, sample: Sample) -> Score:
-        """1 if the picture shows what was asked, else 0; the note says what is wrong.
+    def check_prompt(self, prompt_id: str, meta: Mapping[str, Any]) -> None:
+        """Check that the prompt says what its picture should show.
 
         Raises:
-            ConfigError: the prompt has no ``tag`` and ``include``.
+            ConfigError: it has no usable ``tag`` and ``include``.
+        """
+        judged_by(self.spec.name, prompt_id, meta, "use benchmark=shapes, or leave shapes out of the metrics")
+
+    def score(self, sample: Sample) -> Score:
+        """Return 1 if the picture shows what was asked, else 0; the note says what is wrong.
+
+        Raises:
+            ConfigError: as ``check_prompt``.
             ArtifactError: the sample has no image.
         """
-        if "tag" not in sample.meta or not sample.meta.get("include"):
-            raise ConfigError(
-                f"metric shapes: prompt {sample.prompt_id} has no 'tag' and 'include' to be judged by",
-                "use benchmark=shapes, or leave shapes out of the metrics",
-            )
-        detections = detect(image_of("metric shapes", sample), self.min_chroma, self.min_area)
-        decision = decide(detections, sample.meta, self.rules)
+        self.check_prompt(sample.prompt_id, sample.meta)
+        metadata = sample.meta
+        detections = detect(image_of(f"metric {self.spec.name}", sample), self.min_chroma, self.min_area)
+        decision = decide(detections, metadata, self.rules)
         parts = {}
-        if any("position" in group for group in sample.meta["include"]):
-            anywhere = [{k: v for k, v in group.items() if k != "position"} for group in sample.meta["include"]]
-            if decide(detections, {**sample.meta, "include": anywhere}, self.rules).correct:
+        if any("position" in group for group in metadata["include"]):
+            anywhere = [{k: v for k, v in group.items() if k != "position"} for group in metadata["include"]]
+            if decide(detections, {**metadata, "include": anywhere}, self.rules).correct:
                 parts[ORDER] = float(decision.correct)
-        task = str(sample.meta["tag"])
-        return Score(sample.prompt_id, sample.index, float(decision.correct), task, parts, decision.reason)
+        return Score(sample.prompt_id, sample.index, float(decision.correct), metadata["tag"], parts, decision.reason)
 
-    def summarise(self, scores: Sequence[Score], baseline: Sequence[Score] | None = None) -> list[Value]:
-        """Mean over tasks (headline), the accuracy of each task, and the order of positions.
+    def self_check(self) -> str:
+        """Return '' where a red square on white is found, as the only object; else what is wrong."""
+        picture = np.full((64, 64, 3), 247, np.uint8)
+        picture[16:40, 20:44] = [round(255 * level) for level in PALETTE["red"]]
+        found = detect(picture, self.min_chroma, self.min_area)
+        fine = found == [Detection("square", (20, 16, 44, 40), 1.0, "red")]
+        return "" if fine else f"on a picture of a red square it sees {found}"
+
+    def summarise(
+        self, scores: Sequence[Score], baseline: Sequence[Score] | None = None, bootstrap: Bootstrap = DEFAULT
+    ) -> list[Value]:
+        """Return the mean over tasks (headline), the accuracy of each task, and the order of positions.
 
         `position_order` is the share of right positions among the pictures that have the right objects: 0.25 to 0.5
         by chance, whatever the objects are like.
@@ -165,31 +177,11 @@ class ShapesScore:
         """
         tasks = [task for task in TASKS if any(s.stratum == task for s in scores)]
         tasks += sorted({s.stratum for s in scores} - set(tasks))
-        by_task = [(task, [s for s in scores if s.stratum == task]) for task in tasks]
         placed = [replace(s, value=s.parts[ORDER]) for s in scores if ORDER in s.parts]
-        return [
-            self._value("", scores, baseline, {"tasks": len(tasks)}),
-            *(self._value(task, chosen, baseline, {}) for task, chosen in by_task),
-            *([self._value(ORDER, placed, None, {})] if placed else []),
-        ]
 
-    def _value(
-        self, variant: str, scores: Sequence[Score], baseline: Sequence[Score] | None, extra: dict[str, float]
-    ) -> Value:
-        interval = bootstrap_interval(
-            [s.value for s in scores],
-            [s.prompt_id for s in scores],
-            strata=[s.stratum for s in scores],
-            resamples=self.resamples,
-            confidence=self.confidence,
-            seed=self.seed,
-        )
-        difference = paired_difference(
-            scores,
-            baseline,
-            resamples=self.resamples,
-            confidence=self.confidence,
-            seed=self.seed,
-            stratified=True,
-        )
-        return Value.of(variant, interval, extra | difference)
+        def value(variant: str, chosen: Sequence[Score], against: Sequence[Score] | None) -> Value:
+            return mean_value(variant, chosen, against, bootstrap, stratified=True)
+
+        headline = mean_value("", scores, baseline, bootstrap, stratified=True, extra={"tasks": len(tasks)})
+        by_task = [value(task, [s for s in scores if s.stratum == task], baseline) for task in tasks]
+        return [headline, *by_task, *([value(ORDER, placed, None)] if placed else [])]

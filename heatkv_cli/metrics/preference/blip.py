@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw rewards over the training set; a reward is shown standardised."""
+"""Mean and deviation of the raw rewards over the training set; a reward is shown standardised."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,14 @@ class Sizes:
     layers: int = 12
     heads: int = 12
     feedforward: int = 3072
+
+    def wrong(self) -> str:
+        """Return '' where the sizes make a network, else what is wrong."""
+        pairs = (("image", "patch"), ("vision_width", "vision_heads"), ("width", "heads"))
+        for whole, part in pairs:
+            if getattr(self, whole) % getattr(self, part):
+                return f"{whole} {getattr(self, whole)} is no multiple of {part} {getattr(self, part)}"
+        return ""
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

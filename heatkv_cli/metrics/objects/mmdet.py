@@ -104,7 +104,7 @@ _DROPPED = re.compile(r".*\.relative_position_index")
 
 
 def to_transformers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """State dict of transformers' ``Mask2FormerForUniversalSegmentation`` from mmdet's.
+    """Return the state dict of transformers' ``Mask2FormerForUniversalSegmentation`` from mmdet's.
 
     Args:
         state: mmdet's, without the prefix of a data-parallel wrapper.

