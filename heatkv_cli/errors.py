@@ -1,7 +1,8 @@
 """Every error a user can cause, each with the exit code of the command that meets it.
 
-The lowest layer: everything may import this file. An error says what happened and where (`message`) and what to type next (`hint`); the console prints them as `error: ...` and `fix: ...`. Nothing
-outside `cli` catches them, except to add the place where they happened.
+The lowest layer: everything may import this file. An error says what happened and where (`message`) and what to type
+next (`hint`); the console prints them as `error: ...` and `fix: ...`. Nothing outside `cli` catches them, except to add
+the place where they happened.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ctrl-C from the first moment on: at once while nothing is at stake, orderly while work is under way.
 
 Libraries swallow KeyboardInterrupt while they are imported, or turn it into errors of their own. So the process leaves
-by itself until work begins; then the first Ctrl-C raises KeyboardInterrupt and is remembered, and the second one leaves.
+by itself until work begins. Then the first Ctrl-C raises KeyboardInterrupt and is remembered; the second one leaves.
 """
 
 from __future__ import annotations

@@ -153,6 +153,12 @@ class Benchmark:
                 f"benchmark {self.name}: {path} is missing ({DATA} is {os.environ.get(DATA) or 'not set'})",
                 f"{fetch} {self.source} and put it there, or set benchmark.file",
             )
+        if not path.exists():
+            also = "" if Path(self.file) == path else f", nor {path}"
+            raise SetupError(
+                f"benchmark {self.name}: there is no {self.file}{also}",
+                "check benchmark.file; relative paths start at the current folder",
+            )
         prompts = load_prompts(
             path,
             name=self.name,
@@ -215,12 +221,16 @@ class Benchmark:
 
 
 def below_data(file: str) -> Path:
-    """Return ``file`` itself where it is there, absolute or starts with a dot; else below the benchmarks' folder."""
+    """Return ``file`` itself where it is there, absolute or starts with a dot; else below the benchmarks' folder.
+
+    Raises:
+        SetupError: the system cannot look at such a path.
+    """
     path = Path(os.path.expanduser(file))
-    if path.is_absolute() or file.startswith("."):
+    check_path(path)
+    if path.is_absolute() or path.exists() or file.startswith("."):
         return path
-    below = Path(os.path.expanduser(os.environ.get(DATA) or "data")) / path
-    return below if below.exists() and not path.exists() else path
+    return Path(os.path.expanduser(os.environ.get(DATA) or "data")) / path
 
 
 def is_bare(file: str) -> bool:

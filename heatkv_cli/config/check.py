@@ -23,7 +23,7 @@ from heatkv_cli.core.scales import ScaleSchedule
 from heatkv_cli.errors import ConfigError, ConfigErrors, HeatKVError, did_you_mean
 from heatkv_cli.results import check_path
 
-T = TypeVar("T")
+T = TypeVar("T", bound=MethodConfig | BenchmarkConfig | MetricConfig)
 
 MOST = {
     "num_layers": 1024,
@@ -118,7 +118,7 @@ def _metric(
 
 def _with_object(leaf: T, make: Callable[[], Any], errors: list[ConfigError]) -> T | None:
     try:
-        return dataclasses.replace(leaf, object=make())  # type: ignore[type-var]
+        return dataclasses.replace(leaf, object=make())
     except ConfigErrors as error:
         errors += [one for one in error.errors if isinstance(one, ConfigError)]
     except ConfigError as error:

@@ -115,10 +115,9 @@ def compose(
         run = _compose_run(assignments, errors)
         if run is not None and all(run != other for _, other in points):
             points.append((assignments, run))
-    runs = [run for _, run in points]
+    runs = _distinct(points, command, errors)
     if command in DRAWING:
         errors += [refused for run in runs if (refused := untrained(run.model))]
-    _refuse_idle_sweeps(points, command, errors)
     raise_all(errors)
     if not runs:
         raise ConfigError("there is nothing to run", "an axis of the sweep is empty")
@@ -131,23 +130,31 @@ def compose(
     return Plan(command, tuple(runs), texts, experiment, dry_run, named)
 
 
-def _refuse_idle_sweeps(
+def _distinct(
     points: Sequence[tuple[Mapping[str, Any], RunConfig]], command: str, errors: list[ConfigError]
-) -> None:
-    """Refuse sweeps whose points would be one and the same piece of work, of which only the first would be done."""
+) -> list[RunConfig]:
+    """Return the runs; refuse sweeps whose points would be one piece of work, of which only the first would be done.
+
+    A calibration serves all methods and budgets, so `calibrate` takes their sweeps for one run.
+    """
     seen: dict[str, Mapping[str, Any]] = {}
+    runs: list[RunConfig] = []
     for assignments, run in points:
         key = config_hash(_work(run, command))
         if key not in seen:
             seen[key] = assignments
+            runs.append(run)
             continue
         other = seen[key]
         names = sorted(name for name in {*assignments, *other} if assignments.get(name) != other.get(name))
+        if command == "calibrate" and all(name.partition(".")[0] in ("method", "budget", "rho") for name in names):
+            continue
         what = "takes one run" if command not in SWEEPING else f"makes the same for every value of {', '.join(names)}"
         errors.append(
             ConfigError(f"heatkv {command} {what}: this sweep has no points", "run the command once for each value")
         )
-        return
+        break
+    return runs
 
 
 def _work(run: RunConfig, command: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from heatkv_cli.config.leaves import BenchmarkConfig, MethodConfig, MetricConfig, ModelConfig, RuntimeConfig
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.metrics.intervals import Bootstrap
+from heatkv_cli.metrics.bootstrap import Bootstrap
 from heatkv_cli.results.code import code_sha256, folder_files, module_files, run_code_sha256
 
 

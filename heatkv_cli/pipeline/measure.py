@@ -77,6 +77,7 @@ class Measured:
         status: ``ok``; ``partial``, some images could not be measured; ``skipped``, something is missing; ``failed``.
         reason: why it is not ok, with what to do.
         weights_sha256: of the metric's network, '' where it has none.
+        elsewhere: the only thing that lacks is images that other shards make.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -84,6 +85,7 @@ class Measured:
     status: Status = "ok"
     reason: str = ""
     weights_sha256: str = ""
+    elsewhere: bool = False
 
 
 class _MetricError(Exception):
@@ -129,7 +131,7 @@ def measure(
         errors: dict[str, str] = {}
         if isinstance(metric, SetMetric):
             values = _values_of_set(metric, items, folder, ui, errors, reference, shard, bootstrap)
-            return _of_all(_complete(metric, values, [], errors, digest), len(items), asked)
+            return _of_all(_complete(metric, values, [], errors, digest), len(items), asked, shard)
         if not isinstance(metric, ImageMetric):
             raise TypeError(f"{type(metric).__name__} is neither an ImageMetric nor a SetMetric")
         if not items:
@@ -137,7 +139,7 @@ def measure(
         place = folder / "scores" / f"{metric.spec.name}-{config_hash(_attempt(metric.identity))[:8]}"
         scores = _scores(metric, items, place, ui, errors, shard)
         values = _attempt(lambda: metric.summarise(scores, baseline, bootstrap)) if scores else []
-        return _of_all(_complete(metric, values, scores, errors, digest), len(items), asked)
+        return _of_all(_complete(metric, values, scores, errors, digest), len(items), asked, shard)
     except _MetricError as error:
         return Measured(status=error.status, reason=str(error))
 
@@ -196,12 +198,14 @@ def _complete(
     return Measured(values, scores, "partial" if values else "failed", reason, digest)
 
 
-def _of_all(measured: Measured, there: int, asked: int | None) -> Measured:
+def _of_all(measured: Measured, there: int, asked: int | None, shard: tuple[int, int]) -> Measured:
     """A value over fewer images than were asked for is partial, and says so."""
     if asked is None or there >= asked or measured.status not in ("ok", "partial"):
         return measured
     reason = f"{there} of {asked} images are there"
-    return replace(measured, status="partial", reason=f"{reason}; {measured.reason}" if measured.reason else reason)
+    whole = f"{reason}; {measured.reason}" if measured.reason else reason
+    elsewhere = shard[1] > 1 and measured.status == "ok"
+    return replace(measured, status="partial", reason=whole, elsewhere=elsewhere)
 
 
 def _scores(
@@ -429,7 +433,7 @@ def incomplete(measured: Sequence[tuple[str, dict[str, Measured]]], ui: Console)
         {"run_id": run_id, "metric": name, "status": item.status, "reason": item.reason}
         for run_id, metrics in measured
         for name, item in metrics.items()
-        if item.status != "ok"
+        if item.status != "ok" and not item.elsewhere
     ]
     for status, name, reason in dict.fromkeys((f["status"], f["metric"], f["reason"]) for f in found):
         ui.warn(f"{name} {status}: {reason}")

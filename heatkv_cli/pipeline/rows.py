@@ -133,7 +133,8 @@ class Table:
     def show(self, shown: Sequence[Evaluated], ui: Console) -> None:
         """Print what is known, one table per model and benchmark."""
         groups: dict[tuple[str, str, str], list[Evaluated | Infeasible]] = {}
-        for item in (*shown, *self.infeasible):
+        everything: list[Evaluated | Infeasible] = [*shown, *self.infeasible]
+        for item in everything:
             cfg = _config(item)
             groups.setdefault((cfg.model.name, cfg.model.shape_label, cfg.benchmark.name), []).append(item)
         for items in groups.values():

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ from heatkv_cli.core.scales import Geometry
 from heatkv_cli.errors import BudgetError, ConfigError, Errors, HeatKVError, SetupError, raise_all
 from heatkv_cli.methods.base import Method, Setting
 from heatkv_cli.metrics.base import Metric, SetMetric
+from heatkv_cli.models.base import ImageModel
 from heatkv_cli.planning.effort import hours_text, large
 from heatkv_cli.planning.job import (
     Infeasible,
@@ -35,6 +37,8 @@ from heatkv_cli.planning.job import (
     weight_file,
 )
 from heatkv_cli.results import read_results
+
+T = TypeVar("T")
 
 GO_ON = ("generate", "eval")
 """Commands that leave out the points of a sweep that cannot exist; the others end there."""
@@ -97,11 +101,10 @@ def preflight(plan: Plan, resolver: Resolver) -> Ready:
     ready = Ready()
     ready.errors += refuse_unused(plan.runs)
     for run in _first_of_each(plan.runs, lambda run: str(run.runtime)):
-        _gather(ready, lambda run=run: check_device(run))
+        _gather(ready, check_device, run)
     for run in _first_of_each(plan.runs, lambda run: config_hash(run.model.identity())):
         _check_model(run, plan, resolver, ready)
-    if not ready.errors:
-        _check_artifacts(plan, resolver, ready)
+    _check_artifacts(plan, resolver, ready)
     _check_output(plan, ready)
     if plan.command == "eval":
         _check_metrics(plan, resolver, ready)
@@ -112,10 +115,10 @@ def _first_of_each(runs: Sequence[RunConfig], key: Callable[[RunConfig], str]) -
     return list({key(run): run for run in reversed(runs)}.values())[::-1]
 
 
-def _gather(ready: Ready, action: Callable[[], Any]) -> Any:
+def _gather(ready: Ready, action: Callable[..., T], *args: Any) -> T | None:
     """Call something; keep the errors it raises, and go on."""
     try:
-        return action()
+        return action(*args)
     except Errors as error:
         ready.errors += error.errors
     except HeatKVError as error:
@@ -131,7 +134,7 @@ def _check_model(run: RunConfig, plan: Plan, resolver: Resolver, ready: Ready) -
     before = len(ready.errors)
     if plan.command != "build-schedule" or _calibrates(plan, resolver):
         for file in () if run.random_weights else run.model.weights.files:
-            _gather(ready, lambda file=file: weight_file(run, file))
+            _gather(ready, weight_file, run, file)
     lists = [run.calibration_prompts, run.calibration_check] if plan.command == "calibrate" else []
     if plan.command in ("generate", "eval", "bench"):
         mine = [other for other in plan.runs if other.model == run.model]
@@ -140,17 +143,15 @@ def _check_model(run: RunConfig, plan: Plan, resolver: Resolver, ready: Ready) -
         ]
     if _calibrates(plan, resolver):
         lists.append(run.calibration_prompts)
-    found = [prompts for config in lists if (prompts := _gather(ready, lambda config=config: resolver.prompts(config)))]
+    found = [prompts for config in lists if (prompts := _gather(ready, resolver.prompts, config))]
     if run.model.sketch:
-        _gather(ready, lambda: sketch_of(run.model, geometry_of(run.model)))
+        _gather(ready, sketch_of, run.model, geometry_of(run.model))
     if len(ready.errors) > before:
         return
     if run.model.weights.place == "package":  # a few megabytes: loading it checks its file and its words
-        model = _gather(ready, lambda: load_model(run, resolver.weights(run)[0]))
-        for prompts in found if model is not None else ():
-            _gather(
-                ready, lambda prompts=prompts: model.prepare([item.prompt for item in prompts.items], run.text_root)
-            )
+        model = _gather(ready, _loaded, run, resolver)
+        for prompts in () if model is None else found:
+            _gather(ready, model.prepare, [item.prompt for item in prompts.items], run.text_root)  # type: ignore[union-attr]
     asked_twice = run.yes or plan.dry_run or plan.command not in DRAWING
     if run.runtime.device == "cpu" and not asked_twice and large(run):
         count = sum(len(prompts) for prompts in found) * len(plan.runs)
@@ -160,6 +161,10 @@ def _check_model(run: RunConfig, plan: Plan, resolver: Resolver, ready: Ready) -
                 "use a GPU (runtime=gpu), or say that you want it all the same: --yes",
             )
         )
+
+
+def _loaded(run: RunConfig, resolver: Resolver) -> ImageModel:
+    return load_model(run, resolver.weights(run)[0])
 
 
 def _calibrates(plan: Plan, resolver: Resolver) -> bool:
@@ -187,7 +192,10 @@ def setting_before(run: RunConfig, resolver: Resolver) -> tuple[Setting, bool]:
     """Return what a run's method works with before anything is made, and whether it is the very thing."""
     calibration, known = None, True
     if resolver.needs_calibration(run):
-        calibration = resolver.calibration(run)
+        try:
+            calibration = resolver.calibration(run)
+        except SetupError:  # without the weights nobody knows which calibration is theirs
+            calibration = None
         known = calibration is not None
         calibration = calibration or stand_in(geometry_of(run.model))
     return resolver.setting(run, calibration), known
@@ -199,15 +207,15 @@ def _check_artifacts(plan: Plan, resolver: Resolver, ready: Ready) -> None:
     for run in plan.runs:
         if plan.command == "calibrate":
             if run.calibration is not None:
-                _gather(ready, lambda run=run: resolver.calibration(run))
+                _gather(ready, resolver.calibration, run)
             continue
-        before = len(ready.errors)
-        found = _gather(ready, lambda run=run: setting_before(run, resolver))
-        if len(ready.errors) > before:
+        found = _gather(ready, setting_before, run, resolver)
+        if found is None:
             continue
         setting, known = found
         if not known and plan.command != "bench":
-            missing.setdefault(resolver.calibration_home(run)[0], run)
+            with suppress(SetupError):  # weights are missing: told already
+                missing.setdefault(resolver.calibration_home(run)[0], run)
         method: Method = run.method.object
         try:
             method.policy(setting)
@@ -236,7 +244,7 @@ def _check_output(plan: Plan, ready: Ready) -> None:
         )
     if plan.command != "eval":
         return
-    _gather(ready, lambda: read_results(out / "results.csv"))
+    _gather(ready, read_results, out / "results.csv")
     sheet = out / "contact-sheet.png"
     if plan.first.contact_sheet and sheet.exists() and not (sheet.is_file() and os.access(sheet, os.W_OK)):
         ready.errors.append(SetupError(f"cannot write {sheet}", "remove it, or contact_sheet=0"))
@@ -254,8 +262,8 @@ def _check_metrics(plan: Plan, resolver: Resolver, ready: Ready) -> None:
             prompts = _prompts_of(run, resolver)
             if prompts is None:
                 continue
-            _gather(ready, lambda metric=metric, prompts=prompts: _check_prompts(metric, prompts))
-            ready.lacking += [Lacking(name, lack.what, lack.bytes, lack.fix) for lack in metric.lacks()]
+            _gather(ready, _check_prompts, metric, prompts)
+            ready.lacking += [Lacking(name, lack.name, lack.bytes, lack.fix) for lack in metric.lacks()]
             samples = run.benchmark.object.samples_per_prompt
             count = (len(prompts) if run.limit is None else min(run.limit, len(prompts))) * samples
             if isinstance(metric, SetMetric) and count < metric.min_images:

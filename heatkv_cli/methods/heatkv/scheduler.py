@@ -7,7 +7,8 @@ fit, so some removals that are due after scale t are activated early, in layers 
 model, a fraction of a second for the largest model.
 
 Source: arXiv 2605.14877; behaviour checked against arm-research/heatkv @ 96dc288, tools/utils.py.
-Differs: feasibility is decided in exact rationals, there in doubles with a slack of 1e-12; and where rounding alone would make a feasible budget fail, the exact threshold decides.
+Differs: feasibility is decided in exact rationals, there in doubles with a slack of 1e-12; and where rounding alone
+would make a feasible budget fail, the exact threshold decides.
 """
 
 from __future__ import annotations
