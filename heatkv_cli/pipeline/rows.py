@@ -20,7 +20,17 @@ from heatkv_cli.metrics.scores import Value
 from heatkv_cli.pipeline.generate import CHOSEN
 from heatkv_cli.pipeline.measure import Measured, metric_rows
 from heatkv_cli.planning.job import FORCED, Infeasible, metrics_of
-from heatkv_cli.results import Fields, encode_lines, environment, upsert_results, utc_now, write_file
+from heatkv_cli.results import (
+    Fields,
+    encode_lines,
+    environment,
+    locked,
+    parse_lines,
+    read_regular,
+    upsert_results,
+    utc_now,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from heatkv_cli.pipeline.evaluate import Evaluated
@@ -175,10 +185,10 @@ def _about(cfg: RunConfig, plan: Plan) -> dict[str, Any]:
 
 
 def _write_scores(item: Evaluated) -> None:
-    """The number of every image, for paired comparisons between any two runs."""
+    """The number of every image, for paired comparisons between any two runs; what earlier commands wrote stays."""
     image_ids = {(image.item.id, image.sample): image.image_id for image in item.job.images}
-    rows = [
-        {
+    rows = {
+        (image_ids[score.prompt_id, score.index], metric): {
             "image_id": image_ids[score.prompt_id, score.index],
             "metric": metric,
             "value": float(score.value),
@@ -187,8 +197,12 @@ def _write_scores(item: Evaluated) -> None:
         }
         for metric, measured in item.measured.items()
         for score in measured.scores  # of a shard perhaps: not one for every image
-    ]
-    write_file(item.job.folder / "scores.jsonl", encode_lines(rows, SCORE_FIELDS))
+    }
+    path = item.job.folder / "scores.jsonl"
+    with locked(path.with_name(f".{path.name}.lock"), wait=True):
+        earlier = parse_lines(path, read_regular(path), SCORE_FIELDS) if path.exists() else []
+        whole = {(row["image_id"], row["metric"]): row for row in earlier} | rows
+        write_file(path, encode_lines(whole.values(), SCORE_FIELDS))
 
 
 # ------------------------------------------------------------------------------------------------------ what is printed

@@ -215,6 +215,8 @@ def upsert_results(path: Path, rows: Sequence[Row]) -> None:
         SetupError: the file cannot be written.
         ArtifactError: as `read_results`; the file stays as it is.
     """
+    if not rows:
+        return
     ensure_writable(path.parent)
     with locked(path.with_name(f".{path.name}.lock"), wait=True):
         header, found = read_results(path)

@@ -104,10 +104,10 @@ def test_full_is_one_and_spread_is_of_the_repeats(rows: list[Row]) -> None:
 def test_stages_sum_to_the_pass(tmp_path: Path) -> None:
     """In one pass; medians of two need not add up."""
     plan = compose([f"out={tmp_path}", "method=full", "limit=1", *FAST], command="bench")
-    job = bench.prepare(plan.first, quiet())
-    model = bench.Models().get(job)
-    condition = model.encode([job.images[0].item.prompt])
-    values = bench._measure(job, model, condition).values()
+    job_ = job.Resolver().job(plan.first)
+    model = bench.Models().get(job_)
+    condition = model.encode([job_.images[0].item.prompt])
+    values = bench._measure(job_, model, condition).values()
     seconds = {(scale, stage): value for (scale, stage, measure), value in values.items() if measure == "seconds"}
     scales = [str(s) for s in range(8)]
     for scale in ("all", *scales):
@@ -122,12 +122,6 @@ def test_stages_sum_to_the_pass(tmp_path: Path) -> None:
 
 
 WHOLES = ("pass", "total", "decode")
-
-
-def quiet() -> Any:
-    from heatkv_cli.console import Console
-
-    return Console(quiet=True)
 
 
 def test_flops_of_full_are_the_closed_form(rows: list[Row]) -> None:

@@ -24,7 +24,7 @@ from heatkv_cli.pipeline.generate import bit_kl
 
 Capture = pytest.CaptureFixture[str]
 SMALL = ["runtime.batch_size=4", "runtime.threads=1"]
-TIMED = {"seconds", "numbers_json"}
+TIMED = {"seconds", "numbers"}
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,12 @@ def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
     return document
 
 
-def manifest(folder: Path) -> dict[str, dict[str, str]]:
-    with (folder / "manifest.csv").open(newline="") as f:
-        rows = list(csv.DictReader(f))
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    rows = lines(folder / "manifest.jsonl")
     assert len({row["image_id"] for row in rows}) == len(rows), "an image has two rows"
     return {row["image_id"]: {k: v for k, v in row.items() if k not in TIMED} for row in rows}
 
@@ -141,11 +144,9 @@ def test_scores_of_a_shard_bear_the_names_of_its_images(tmp_path: Path, capsys: 
         capsys, "eval", "method=full", "metric=shapes", "contact_sheet=0", "--limit", "8", "--shard", "1/2", "--out",
         str(tmp_path), *SMALL,
     )  # fmt: skip
-    (scores,) = tmp_path.glob("images/*/scores.csv")
-    with scores.open(newline="") as f:
-        names = [row["image_id"] for row in csv.DictReader(f)]
-    with (scores.parent / "free" / "manifest-1of2.csv").open(newline="") as f:
-        made = [row["image_id"] for row in csv.DictReader(f)]
+    (scores,) = tmp_path.glob("images/*/scores.jsonl")
+    names = [row["image_id"] for row in lines(scores)]
+    made = [row["image_id"] for row in lines(scores.parent / "free" / "manifest-1of2.jsonl")]
     assert len(made) == 4
     assert names == made
 

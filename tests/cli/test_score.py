@@ -12,6 +12,7 @@ import pytest
 from PIL import Image as Pixels
 
 from heatkv_cli.cli import run
+from heatkv_cli.results import MANIFEST_FIELDS, encode_lines
 
 Capture = pytest.CaptureFixture[str]
 
@@ -172,7 +173,8 @@ def test_images_of_several_runs_are_refused(tmp_path: Path, capsys: Capture) -> 
     base = ["metric=psnr", "--out", str(tmp_path / "out"), "--reference", str(tmp_path / "run"), "--images"]
     for name in ("free", "layout"):
         folder(tmp_path / "run" / name, {"a.png": 0})
-        (tmp_path / "run" / name / "manifest.csv").write_text("image_id,file\na,a.png\n")
+        rows = encode_lines([{"image_id": "a", "file": "a.png"}], MANIFEST_FIELDS)
+        (tmp_path / "run" / name / "manifest.jsonl").write_bytes(rows)
     error = refused(capsys, 4, *base, str(tmp_path / "run"))
     assert "several runs: free, layout" in error["error"] and "run/free" in error["fix"]
     folder(tmp_path / "run" / "free", {"stranger.png": 1})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ SMALL = [
     "model.params.width=64", "model.params.block_chunks=2", "model.params.text_channels=256",
     "model.params.text_length=32", f"model.params.tokenizer.bits={golden.CODES['A'].bits}",
     "model.params.tokenizer.base_channels=32", f"model.params.tokenizer.multipliers={[*golden.MULTIPLIERS['A']]}",
-    "benchmark=shapes", "runtime.batch_size=2",
+    "benchmark=natural", "runtime.batch_size=2",
 ]  # fmt: skip
 
 
@@ -74,7 +73,7 @@ def test_text_is_encoded_once_and_the_encoder_may_go(weights: Path, tmp_path: Pa
     assert len(images) == 4 and len(loads) == 1  # two batches, one look at the encoder
     row = RunFolder.reading(run / "free").row(next(iter(images)).removesuffix(".png"))
     assert row is not None
-    numbers = json.loads(row["numbers_json"])
+    numbers = row["numbers"]
     assert 0 < numbers["text_seconds"] < numbers["seconds_per_image"]
 
     bare = tmp_path / "bare"
