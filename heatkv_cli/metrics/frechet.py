@@ -43,8 +43,9 @@ def frechet(a: Gaussian, b: Gaussian) -> tuple[float, float]:
 
     The bound: the trace of the root grows with either covariance. So with errors of at most e_a and e_b it lies
     between its values for ``S_a - e_a, S_b - e_b`` and ``S_a + e_a, S_b + e_b``, which are computed likewise. Products,
-    singular values and traces of order d add at most ``8 d u`` of the traces. For two covariances of full rank all of
-    this is about 1e-12 of the traces; where one is singular and the other is not, up to their root of u, 1e-8.
+    singular values and traces of order d add at most ``8 d u`` of the traces. All of this is about 1e-12 of the traces
+    where covariances have full rank, or the rank that their number of images gives them. Where one is singular for
+    another reason and the other is not, it is up to the root of u, 1e-8 of the traces.
 
     Raises:
         ArtifactError: as ``frechet_distance``.
@@ -59,8 +60,8 @@ class _Spectrum:
     Attributes:
         mu: (d,) mean, in the whole space.
         mu_error: bound of its error.
-        values: (r,) eigenvalues in the coordinates that are compared; none is negative.
-        vectors: (r, r) eigenvectors, as columns.
+        values: (k,) eigenvalues in the coordinates that are compared, largest last; none is negative.
+        vectors: (r, k) eigenvectors, as columns.
         trace: of the covariance in the whole space.
         error: bound of the error of the covariance, its decomposition included.
     """
@@ -76,6 +77,8 @@ class _Spectrum:
     def of(cls, g: Gaussian, inside: Gaussian | None = None) -> Self:
         """Decompose a Gaussian.
 
+        A covariance of n rows has rank n - 1. Eigenvalues beyond that are rounding errors of 0, and are left out.
+
         Args:
             g: in the whole space.
             inside: the same in the coordinates of a subspace that holds all of the other side's variance; None is the
@@ -90,7 +93,9 @@ class _Spectrum:
                 "make the reference again from its images",
             )
         error = chosen.sigma_error + rounding(len(values) ** 2) * largest
-        return cls(g.mu, g.mu_error, values.clip(0), vectors, float(g.sigma.trace()), error)
+        beyond = len(values) - (g.n - 1 if g.n else len(values))
+        cut = int((values[: max(beyond, 0)] <= error).sum())
+        return cls(g.mu, g.mu_error, values[cut:].clip(0), vectors[:, cut:], float(g.sigma.trace()), error)
 
     def distance(self, other: _Spectrum) -> tuple[float, float]:
         """Return the squared distance and a bound of its error."""

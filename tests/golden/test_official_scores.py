@@ -20,8 +20,8 @@ import heatkv_cli.metrics.preference.hps as hps
 import heatkv_cli.metrics.preference.image_reward as reward
 from heatkv_cli.errors import ArtifactError
 from heatkv_cli.metrics.base import Sample
-from heatkv_cli.metrics.preference.blip import Sizes
 from heatkv_cli.metrics.clip.input import cropped
+from heatkv_cli.metrics.preference.blip import Sizes
 from heatkv_cli.metrics.preference.official import OfficialScorer
 
 DATA = json.loads((Path(__file__).parent / "data" / "official_scores.json").read_text())

@@ -16,8 +16,8 @@ from metric_pictures import backbone, pairs, photos, picture, samples, tensor
 from PIL import Image as Pixels
 
 from heatkv_cli.errors import ArtifactError, SetupError
-from heatkv_cli.metrics.base import Sample
 from heatkv_cli.metrics import weights as weights_module
+from heatkv_cli.metrics.base import Sample
 from heatkv_cli.metrics.clip.clip_score import CLIPScore
 from heatkv_cli.metrics.inception.fid import FID
 from heatkv_cli.metrics.intervals import Bootstrap

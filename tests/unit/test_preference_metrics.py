@@ -182,7 +182,7 @@ def test_official_back_end_is_asked_as_the_worker_expects(
     ImageReward(**known, vocabulary=str(nowhere / "mine.txt")).score(SAMPLE)
     assert asked[2][2]["vocab"] == str(nowhere / "mine.txt")
     (nowhere / "bert-base-uncased-vocab.txt").write_bytes(b"x")
-    with pytest.raises(ArtifactError, match="bert-base-uncased-vocab.txt should have 07eced37"):
+    with pytest.raises(ArtifactError, match=r"bert-base-uncased-vocab\.txt should have 07eced37"):
         ImageReward(**known).score(SAMPLE)
     release()
     assert official.WORKER.is_file()
@@ -201,13 +201,17 @@ def test_self_checks_compare_with_the_published_numbers(nowhere: Path, monkeypat
         return metric.self_check()
 
     assert saying(HPS(release="v2.0", name="hps_v20"), [0.2877, 0.1]) == ""
-    assert saying(HPS(release="v2.0", name="hps_v20"), [0.2500, 0.1]) == "the demo picture scores 0.2500, published 0.2876"
+    assert (
+        saying(HPS(release="v2.0", name="hps_v20"), [0.2500, 0.1]) == "the demo picture scores 0.2500, published 0.2876"
+    )
     assert saying(HPS(), [0.31, 0.1]) == "" and "other words" in saying(HPS(), [0.1, 0.2])
     assert saying(ImageReward(), [0.58, 0.27, -1.41, -2.03]) == ""
     assert "published [0.58, 0.27, -1.41, -2.03]" in saying(ImageReward(), [0.58, 0.27, 1.41, -2.03])
 
 
-@pytest.mark.parametrize("metric", [HPS(), HPS(release="v2.0", name="hps_v20"), ImageReward()], ids=["hps_v21", "hps_v20", "ir"])
+@pytest.mark.parametrize(
+    "metric", [HPS(), HPS(release="v2.0", name="hps_v20"), ImageReward()], ids=["hps_v21", "hps_v20", "ir"]
+)
 def test_golden_self_test_with_the_real_weights(metric: Any) -> None:
     try:
         wrong = metric.self_check()

@@ -11,7 +11,6 @@ import pytest
 
 import shapes_world as world
 from heatkv_cli.metrics.base import Sample
-from heatkv_cli.metrics.intervals import Bootstrap
 from heatkv_cli.metrics.objects import shapes
 
 PER_TASK = 170
