@@ -188,13 +188,15 @@ def test_sets_need_no_names_and_no_equal_number(sides: tuple[Path, Path], tmp_pa
     others = folder(tmp_path / "others", {f"sub/x{i}.png": 100 + i for i in range(6)})
     found = call(capsys, *out, "metric=fd_efficientnet_lite0", small, "--reference", str(others))
     value = found["metrics"]["fd_efficientnet_lite0"][0]["value"]
-    assert value == pytest.approx(first["metrics"]["fd_efficientnet_lite0"][0]["value"], rel=1e-6)
+    assert value == pytest.approx(first["metrics"]["fd_efficientnet_lite0"][0]["value"], rel=1e-4)  # float32 features
     folder(others, {"more.png": 200})
     more = call(capsys, *out, "metric=fd_efficientnet_lite0", small, "--reference", str(others))
-    assert more["status"] == "done" and more["metrics"]["fd_efficientnet_lite0"][0]["value"] != pytest.approx(value)
+    assert more["status"] == "done" and more["metrics"]["fd_efficientnet_lite0"][0]["value"] != pytest.approx(
+        value, rel=1e-3
+    )
     kept = next(p for p in (tmp_path / "out" / "references").rglob("*.npz") if read_n(p) == 6)
     by_file = call(capsys, *out, "metric=fd_efficientnet_lite0", small, "--reference", str(kept))
-    assert by_file["metrics"]["fd_efficientnet_lite0"][0]["value"] == pytest.approx(value, rel=1e-6)
+    assert by_file["metrics"]["fd_efficientnet_lite0"][0]["value"] == pytest.approx(value, rel=1e-4)
     error = refused(capsys, 4, *out, "metric=psnr,fd_efficientnet_lite0", small, "--reference", str(others))
     assert "no image of" in error["error"] and "metrics of sets" in error["fix"]
     (sides[1] / "00002.png").write_bytes(b"no picture")  # of a set: the reference itself is not whole
