@@ -57,7 +57,8 @@ def scan(folder: Path) -> dict[str, Path]:
 def _check_runs(folder: Path, files: list[Path]) -> None:
     """Check that a folder that `generate` wrote is one run's, and holds nothing else."""
     parents = {path.parent for path in files}
-    runs = sorted(parent for parent in parents if any(parent.glob("manifest*.csv")))
+    manifests = {parent: [path for path in parent.glob("manifest*.csv") if not irregular(path)] for parent in parents}
+    runs = sorted(parent for parent in parents if manifests[parent])
     if not runs:
         return
     if len(runs) > 1 or len(parents) > 1:
@@ -65,7 +66,7 @@ def _check_runs(folder: Path, files: list[Path]) -> None:
         raise ArtifactError(
             f"{printable(folder)} holds the images of several runs: {names}", f"name one of them: {printable(runs[0])}"
         )
-    known = {row.get("file", "") for manifest in runs[0].glob("manifest*.csv") for row in read_csv(manifest)}
+    known = {row.get("file", "") for manifest in manifests[runs[0]] for row in read_csv(manifest)}
     strangers = [printable(path.name) for path in files if path.name not in known]
     if strangers:
         raise ArtifactError(

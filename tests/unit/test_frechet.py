@@ -121,6 +121,19 @@ def test_moments_know_their_error() -> None:
     assert np.linalg.norm((found.mu - precise.mean(0)).astype(np.float64)) <= found.mu_error <= 1e-9
 
 
+@pytest.mark.parametrize("count", [60, 8])
+def test_the_jackknife_is_that_of_the_distances_without_a_group(count: int) -> None:
+    """By Cholesky for many images, in their subspace for few; here by eigenvalues in the whole space."""
+    x, y = (RNG.normal(gap, 1, (count, DIM)).astype(np.float32) for gap in (0, 0.5))
+    a, b = moments(x, 4), moments(y, 4)
+    for reference in (b, b.gaussian()):
+        left = [
+            frechet(a.gaussian(g), b.gaussian(g) if isinstance(reference, Moments) else reference) for g in range(4)
+        ]
+        stderr = math.sqrt(3 * np.var([value for value, _ in left]))
+        assert frechet_value("", a, reference).stderr == pytest.approx(stderr, rel=1e-6)
+
+
 def test_intervals_take_the_confidence_of_the_run() -> None:
     a, b = moments(BASE.astype(np.float32)), moments((BASE + 1).astype(np.float32)).gaussian()
     usual, wide = (frechet_value("", a, b, Bootstrap(confidence=c)) for c in (0.95, 0.99))
