@@ -45,8 +45,8 @@ def frechet(a: Gaussian, b: Gaussian) -> tuple[float, float]:
     The bound: the trace of the root grows with either covariance. So with errors of at most e_a and e_b it lies
     between its values for ``S_a - e_a, S_b - e_b`` and ``S_a + e_a, S_b + e_b``, which are computed likewise. Products,
     singular values and traces of order d add at most ``8 d u`` of the traces. All of this is about 1e-12 of the traces
-    where covariances have full rank, or the rank that their number of images gives them. Where one is singular for
-    another reason and the other is not, it is up to the root of u, 1e-8 of the traces.
+    where covariances have full rank, or the rank that their number of images gives them. It is up to 1e-8 of them, the
+    root of u, where one is singular for another reason and the other is not.
 
     Raises:
         ArtifactError: as ``frechet_distance``.
@@ -198,8 +198,8 @@ def _at_least(distance: float, error: float) -> float:
 class _Side:
     """One side of a distance, in the whole space and, where the judged images are few, in the subspace they span.
 
-    What a covariance holds outside of that subspace meets nothing of the other side, so that all decompositions are
-    of the size of the number of images. Only its trace counts there.
+    A direction outside of that subspace holds no variance of the images, so nothing there adds to the trace of the
+    root. All decompositions are then of the size of the number of images.
     """
 
     whole: Moments | Gaussian

@@ -19,7 +19,7 @@ from heatkv_cli.metrics.networks import check_device
 from heatkv_cli.metrics.scores import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-"""What a picture file may hold, whatever its name; Pillow reads more, one of them by starting another program."""
+"""Formats that a picture file may have, whatever its name. Pillow reads more, one of them by another program."""
 _ORIENTATION, _BITS, _PHOTOMETRIC, _BLACK_IS_ZERO = 0x0112, 258, 262, 1
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 

@@ -29,7 +29,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 def scan(folder: Path) -> dict[str, Path]:
     """Return the images below a folder by id, sorted; the id is the printable path below it without the ending.
 
-    What has the name of an image and is none (a pipe, a broken link, a folder) is found too: reading it says so.
+    A thing with the name of an image that is none (a pipe, a broken link, a folder) is found too: reading it says so.
 
     Raises:
         SetupError: there is no such folder, or no image in it.

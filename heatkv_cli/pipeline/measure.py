@@ -1,8 +1,8 @@
 """One metric over many images: batched, resumed at the image where it stopped, and never the end of the other metrics.
 
-Used by `eval` (images of a run) and `score` (images of anybody). What is known of an image is written batch by batch
-under a folder named after everything the number depends on: scores as rows, features as blocks. Images are loaded one
-batch at a time, so memory does not grow with their number, but for about 1 kB of bookkeeping each.
+Used by `eval` (images of a run) and `score` (images of anybody). Scores and features are written batch by batch, as
+rows and blocks, under a folder named after everything the number depends on. Images are loaded one batch at a time, so
+memory does not grow with their number, but for about 1 kB of bookkeeping each.
 """
 
 from __future__ import annotations
@@ -30,21 +30,10 @@ from heatkv_cli.results import RunFolder, cell
 T = TypeVar("T")
 Status = Literal["ok", "partial", "skipped", "failed"]
 
-SCORE_ROWS = (
-    "image_id",
-    "key",
-    "prompt_id",
-    "sample",
-    "value",
-    "stratum",
-    "parts_json",
-    "note",
-    "sha256_row",
-    "status",
-)
-FEATURE_ROWS = ("image_id", "key", "block", "place", "status")
 _SIGNED = ("image_id", "key", "prompt_id", "sample", "value", "stratum", "parts_json", "note")
 """Columns of a score that its digest covers: a row that somebody edited counts as not there."""
+SCORE_ROWS = (*_SIGNED, "sha256_row", "status")
+FEATURE_ROWS = ("image_id", "key", "block", "place", "status")
 _BLOCK_NAME = re.compile(r"[0-9a-f]{16}\.npy")
 _ROWS = 1024
 """Features handed to the statistics at once."""
@@ -67,7 +56,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out of one metric.
+    """The outcome of one metric.
 
     Attributes:
         values: headline first; none where the metric was skipped or failed.
@@ -213,10 +202,15 @@ def _score_rows(
 ) -> Iterator[dict[str, Any]]:
     for (item, _), score in _score_apart(metric, samples, errors):
         row = {
-            "image_id": item.image_id, "key": item.key, "prompt_id": score.prompt_id, "sample": score.index,
-            "value": score.value, "stratum": score.stratum, "parts_json": json.dumps(dict(score.parts)),
+            "image_id": item.image_id,
+            "key": item.key,
+            "prompt_id": score.prompt_id,
+            "sample": score.index,
+            "value": score.value,
+            "stratum": score.stratum,
+            "parts_json": json.dumps(dict(score.parts)),
             "note": score.note,
-        }  # fmt: skip
+        }
         yield {**row, "sha256_row": _signature({key: cell(value) for key, value in row.items()}), "status": "ok"}
 
 
@@ -325,7 +319,7 @@ def _append_features(folder: RunFolder, extractor: Extractor, samples: list[tupl
 
 
 class _Blocks:
-    """Features in a folder, one file of them in memory at a time. What cannot be read counts as not there."""
+    """Features in a folder, one file of them in memory at a time. A file that cannot be read counts as not there."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder, self._name, self._block = folder, "", np.empty((0, 0), np.float32)
@@ -377,15 +371,26 @@ def metric_rows(metric: Metric, measured: Measured) -> Iterator[dict[str, Any]]:
     """Result columns of a metric: a row per value, or one that says why there is none."""
     spec = metric.spec
     common = {
-        "metric": spec.name, "metric_version": spec.version, "metric_weights_sha256": measured.weights_sha256,
-        "metric_settings": metric.settings(), "unit": spec.unit, "higher_is_better": spec.higher_is_better,
-        "status": measured.status, "reason": measured.reason,
-    }  # fmt: skip
+        "metric": spec.name,
+        "metric_version": spec.version,
+        "metric_weights_sha256": measured.weights_sha256,
+        "metric_settings": metric.settings(),
+        "unit": spec.unit,
+        "higher_is_better": spec.higher_is_better,
+        "status": measured.status,
+        "reason": measured.reason,
+    }
     for value in measured.values:
         yield {
-            **common, "variant": value.variant, "value": value.value, "stderr": value.stderr, "low": value.low,
-            "high": value.high, "n": value.n, **value.extra,
-        }  # fmt: skip
+            **common,
+            "variant": value.variant,
+            "value": value.value,
+            "stderr": value.stderr,
+            "low": value.low,
+            "high": value.high,
+            "n": value.n,
+            **value.extra,
+        }
     if not measured.values:
         yield {**common, "variant": "", "n": 0}
 

@@ -37,7 +37,7 @@ SIDE = 299
 DIM = 2048
 NAME = "inception"
 BYTES = 95_542_320
-"""Of the network in memory, its batch norms' statistics included."""
+"""Size of the network in memory, its batch norms' statistics included."""
 
 
 @dataclass(frozen=True)

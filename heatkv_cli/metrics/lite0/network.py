@@ -39,7 +39,7 @@ FILE = WeightsFile(
     bytes=18_826_032,
 )
 BYTES = 18_776_488
-"""Of the network in memory, its batch norms' statistics included."""
+"""Size of the network in memory, its batch norms' statistics included."""
 _STAGES = (
     *((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3)),
     *((6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1)),

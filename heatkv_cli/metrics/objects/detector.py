@@ -116,9 +116,13 @@ def prepare(image: Image, size: tuple[int, int]) -> Tensor:
 
 
 def instances(
-    classes: Tensor, masks: Tensor, padded: tuple[int, int], looked: tuple[int, int], original: tuple[int, int],
+    classes: Tensor,
+    masks: Tensor,
+    padded: tuple[int, int],
+    looked: tuple[int, int],
+    original: tuple[int, int],
     min_score: float = 0.0,
-) -> list[Instance]:  # fmt: skip
+) -> list[Instance]:
     """Return the objects in the network's output for one picture, as mmdet finds them.
 
     Rule: softmax over classes, "nothing" dropped; the 100 best pairs of query and class; mask logits bilinearly to the
