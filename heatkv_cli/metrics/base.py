@@ -34,7 +34,7 @@ Pass = Literal["free", "layout", "forced"]
 
 @dataclass(frozen=True)
 class Spec:
-    """What result rows say about a metric.
+    """Facts about a metric that result rows hold.
 
     Attributes:
         name: in rows and on the command line.
@@ -251,7 +251,7 @@ class Extractor(Protocol):
 
 
 class Statistics(Protocol):
-    """What a set metric keeps of a set: additive, so that batches and shards give what the whole would."""
+    """Additive numbers that a set metric keeps of a set: batches and shards give the statistics of the whole."""
 
     @property
     def n(self) -> int:

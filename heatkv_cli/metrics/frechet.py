@@ -8,6 +8,7 @@ machine precision, and the error that remains is bounded from the data.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Self
@@ -43,13 +44,35 @@ def frechet(a: Gaussian, b: Gaussian) -> tuple[float, float]:
 
     The bound: the trace of the root grows with either covariance. So with errors of at most e_a and e_b it lies
     between its values for ``S_a - e_a, S_b - e_b`` and ``S_a + e_a, S_b + e_b``, which are computed likewise. Products,
-    singular values and traces of order d add at most ``8 d u`` of the traces. For two covariances of full rank all of
-    this is about 1e-12 of the traces; where one is singular and the other is not, up to their root of u, 1e-8.
+    singular values and traces of order d add at most ``8 d u`` of the traces. All of this is about 1e-12 of the traces
+    where covariances have full rank, or the rank that their number of images gives them. It is up to 1e-8 of them, the
+    root of u, where one is singular for another reason and the other is not.
 
     Raises:
         ArtifactError: as ``frechet_distance``.
     """
     return _Spectrum.of(a).distance(_Spectrum.of(b))
+
+
+@dataclass(frozen=True)
+class _Factored:
+    """A Gaussian with a factor of its covariance.
+
+    Attributes:
+        mu: (d,) mean, in the whole space.
+        trace: of the covariance in the whole space.
+        factor: (r, k) L with ``S = L L^T``, in the coordinates that are compared.
+    """
+
+    mu: Matrix
+    trace: float
+    factor: Matrix
+
+    def distance(self, other: _Factored) -> float:
+        """Return the squared distance."""
+        gap = self.mu - other.mu
+        root_trace = np.linalg.svd(self.factor.T @ other.factor, compute_uv=False).sum()
+        return float(gap @ gap + self.trace + other.trace - 2 * root_trace)
 
 
 @dataclass(frozen=True)
@@ -59,8 +82,8 @@ class _Spectrum:
     Attributes:
         mu: (d,) mean, in the whole space.
         mu_error: bound of its error.
-        values: (r,) eigenvalues in the coordinates that are compared; none is negative.
-        vectors: (r, r) eigenvectors, as columns.
+        values: (k,) eigenvalues in the coordinates that are compared, largest last; none is negative.
+        vectors: (r, k) eigenvectors, as columns.
         trace: of the covariance in the whole space.
         error: bound of the error of the covariance, its decomposition included.
     """
@@ -76,6 +99,8 @@ class _Spectrum:
     def of(cls, g: Gaussian, inside: Gaussian | None = None) -> Self:
         """Decompose a Gaussian.
 
+        A covariance of n rows has rank n - 1. Eigenvalues beyond that are rounding errors of 0, and are left out.
+
         Args:
             g: in the whole space.
             inside: the same in the coordinates of a subspace that holds all of the other side's variance; None is the
@@ -90,7 +115,14 @@ class _Spectrum:
                 "make the reference again from its images",
             )
         error = chosen.sigma_error + rounding(len(values) ** 2) * largest
-        return cls(g.mu, g.mu_error, values.clip(0), vectors, float(g.sigma.trace()), error)
+        beyond = len(values) - (g.n - 1 if g.n else len(values))
+        cut = int((values[: max(beyond, 0)] <= error).sum())
+        return cls(g.mu, g.mu_error, values[cut:].clip(0), vectors[:, cut:], float(g.sigma.trace()), error)
+
+    @property
+    def factored(self) -> _Factored:
+        """The Gaussian with a factor of its covariance."""
+        return _Factored(self.mu, self.trace, self.vectors * np.sqrt(self.values))
 
     def distance(self, other: _Spectrum) -> tuple[float, float]:
         """Return the squared distance and a bound of its error."""
@@ -142,17 +174,17 @@ def frechet_value(
         raise ValueError("a Frechet distance needs a reference")
     _check_sizes(images.dim, reference.dim)
     ours, theirs = _Side.of(images, images), _Side.of(reference, images)
-    target = theirs.spectrum()
-    distance, error = ours.spectrum().distance(target)
+    whole = theirs.spectrum()
+    distance, error = ours.spectrum().distance(whole)
     groups = [int(g) for g in np.flatnonzero(images.counts)]
     value, extra = _at_least(distance, error), {"reference_n": float(theirs.n)}
     if len(groups) < 2 or images.n - images.counts.max() < 2:
         return Value(variant, value, math.nan, math.nan, math.nan, images.n, extra)
     paired = isinstance(reference, Moments) and np.array_equal(images.counts, reference.counts)
-    left = []
+    target, left = whole.factored, []
     for g in groups:
-        target = theirs.spectrum(g) if paired else target
-        left.append(_at_least(ours.spectrum(g).distance(target)[0], error))
+        target = theirs.factored(g) if paired else target
+        left.append(_at_least(ours.factored(g).distance(target), error))
     stderr = math.sqrt((len(left) - 1) * float(np.var(left)))
     half = bootstrap.normal * stderr
     return Value(variant, value, stderr, value - half, value + half, images.n, extra)
@@ -166,8 +198,8 @@ def _at_least(distance: float, error: float) -> float:
 class _Side:
     """One side of a distance, in the whole space and, where the judged images are few, in the subspace they span.
 
-    What a covariance holds outside of that subspace meets nothing of the other side, so that all decompositions are
-    of the size of the number of images. Only its trace counts there.
+    A direction outside of that subspace holds no variance of the images, so nothing there adds to the trace of the
+    root. All decompositions are then of the size of the number of images.
     """
 
     whole: Moments | Gaussian
@@ -190,8 +222,20 @@ class _Side:
 
     def spectrum(self, without: int | None = None) -> _Spectrum:
         """Decompose the side, without one group where it has groups."""
-        inside = None if self.inside is None else _gaussian(self.inside, without)
-        return _Spectrum.of(_gaussian(self.whole, without), inside)
+        return _Spectrum.of(*self._gaussians(without))
+
+    def factored(self, without: int) -> _Factored:
+        """Factor the side without one group: by Cholesky, a tenth of the time, where its covariance has full rank."""
+        whole, inside = self._gaussians(without)
+        chosen = whole if inside is None else inside
+        if chosen.n > chosen.dim:
+            with contextlib.suppress(np.linalg.LinAlgError):
+                lower = np.asarray(np.linalg.cholesky(chosen.sigma), np.float64)
+                return _Factored(whole.mu, float(whole.sigma.trace()), lower)
+        return _Spectrum.of(whole, inside).factored
+
+    def _gaussians(self, without: int | None) -> tuple[Gaussian, Gaussian | None]:
+        return _gaussian(self.whole, without), None if self.inside is None else _gaussian(self.inside, without)
 
 
 def _gaussian(side: Moments | Gaussian, without: int | None) -> Gaussian:

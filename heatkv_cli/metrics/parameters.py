@@ -1,4 +1,4 @@
-"""Parameters of metrics: which values a field may hold, and whether it can change a number.
+"""Parameters of metrics: the values that a field may hold, and whether it can change a number.
 
 A metric is a frozen dataclass and its fields are its parameters. Every field counts, which means that it belongs to the
 identity of a score and to the settings of a result row, unless it is declared with ``aside``. So a new parameter counts
@@ -25,7 +25,7 @@ SHA256 = r"[0-9a-f]{64}"
 
 @dataclass(frozen=True)
 class Range:
-    """What a field allows beyond its type.
+    """Limits of a field beyond its type.
 
     Attributes:
         least: smallest allowed number.

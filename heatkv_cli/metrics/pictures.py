@@ -19,7 +19,7 @@ from heatkv_cli.metrics.networks import check_device
 from heatkv_cli.metrics.scores import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-"""What a picture file may hold, whatever its name; Pillow reads more, one of them by starting another program."""
+"""Formats that a picture file may have, whatever its name. Pillow reads more, one of them by another program."""
 _ORIENTATION, _BITS, _PHOTOMETRIC, _BLACK_IS_ZERO = 0x0112, 258, 262, 1
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
@@ -39,7 +39,7 @@ def irregular(path: Path) -> str:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        return f"{'a link to nothing: ' if path.is_symlink() else ''}{error.strerror or error}"
+        return f"{'a link to nothing: ' if os.path.islink(path) else ''}{error.strerror or error}"  # noqa: PTH114 - false for long names
     return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "a device")
 
 
@@ -93,7 +93,7 @@ def _exact(opened: Pixels.Image, path: Path) -> Image:
         return _high_byte(opened, path)
     if mode in ("1", "L", "P", "RGB", "LA", "PA", "RGBA"):
         if mode in ("LA", "PA", "RGBA") or "transparency" in opened.info:
-            _check_opaque(opened, path)
+            return _opaque(opened, path)
         return np.asarray(opened.convert("RGB"))
     raise _refused(path, f"its pixels are of mode {mode}", "convert it to 8-bit RGB")
 
@@ -109,12 +109,14 @@ def _high_byte(opened: Pixels.Image, path: Path) -> Image:
     return np.stack([grey] * 3, axis=2)
 
 
-def _check_opaque(opened: Pixels.Image, path: Path) -> None:
+def _opaque(opened: Pixels.Image, path: Path) -> Image:
     key = opened.info.get("transparency")
     deep = any(value > 255 for value in key) if isinstance(key, tuple) else isinstance(key, int) and key > 255
     # Pillow reads 16-bit colours as their high bytes, and leaves the colour that stands for transparency as it is.
-    if deep or np.asarray(opened.convert("RGBA"))[..., 3].min() < 255:
+    pixels = np.asarray(opened.convert("RGBA"))
+    if deep or pixels[..., 3].min() < 255:
         raise _transparent(opened, path)
+    return np.ascontiguousarray(pixels[..., :3])
 
 
 def _transparent(opened: Pixels.Image, path: Path) -> ArtifactError:

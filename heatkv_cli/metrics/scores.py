@@ -1,4 +1,4 @@
-"""What goes into a metric and what comes out of it: samples, scores of images, rows of results."""
+"""The numbers around a metric: samples go in, scores of images and rows of results come out."""
 
 from __future__ import annotations
 

@@ -94,12 +94,12 @@ class Wanted:
 
     @property
     def path(self) -> Path:
-        """Where it is; raises SetupError where it is not."""
+        """Its path; raises SetupError where the file is nowhere."""
         return find_weights(self.file, self.given, self.folder)
 
     @property
     def digest(self) -> str:
-        """Its sha256; raises SetupError where it is not."""
+        """Its sha256; raises as ``path``."""
         return weights_sha256(self.path)
 
     def lack(self) -> Lack | None:

@@ -29,7 +29,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 def scan(folder: Path) -> dict[str, Path]:
     """Return the images below a folder by id, sorted; the id is the printable path below it without the ending.
 
-    What has the name of an image and is none (a pipe, a broken link, a folder) is found too: reading it says so.
+    A thing with the name of an image that is none (a pipe, a broken link, a folder) is found too: reading it says so.
 
     Raises:
         SetupError: there is no such folder, or no image in it.
@@ -57,7 +57,7 @@ def scan(folder: Path) -> dict[str, Path]:
 def _check_runs(folder: Path, files: list[Path]) -> None:
     """Check that a folder that `generate` wrote is one run's, and holds nothing else."""
     parents = {path.parent for path in files}
-    runs = sorted(parent for parent in parents if any(parent.glob("manifest*.jsonl")))
+    runs = sorted(parent for parent in parents if any(not irregular(path) for path in parent.glob("manifest*.jsonl")))
     if not runs:
         return
     if len(runs) > 1 or len(parents) > 1:

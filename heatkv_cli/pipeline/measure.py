@@ -1,8 +1,8 @@
 """One metric over many images: batched, resumed at the image where it stopped, and never the end of the other metrics.
 
-Used by `eval` (images of a run) and `score` (images of anybody). What is known of an image is written batch by batch
-under a folder named after everything the number depends on: scores as rows, features as blocks. Images are loaded one
-batch at a time, so memory does not grow with their number, but for about 1 kB of bookkeeping each.
+Used by `eval` (images of a run) and `score` (images of anybody). Scores and features are written batch by batch, as
+rows and blocks, under a folder named after everything the number depends on. Images are loaded one batch at a time, so
+memory does not grow with their number, but for about 1 kB of bookkeeping each.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SCORE_FIELDS: Fields = {
 """A line of a folder of scores; numbers that are not finite are texts."""
 FEATURE_FIELDS: Fields = {"image_id": str, "key": str, "block": str, "place": int, "status": str}
 """A line of a folder of features: in which file, and in which row of it, an image's features are."""
-_SIGNED = ("image_id", "key", "prompt_id", "sample", "value", "stratum", "parts", "note")
+_SIGNED = tuple(field for field in SCORE_FIELDS if field not in ("sha256_row", "status"))
 """Fields of a score that its digest covers: a row that somebody edited counts as not there."""
 _BLOCK_NAME = re.compile(r"[0-9a-f]{16}\.npy")
 _ROWS = 1024
@@ -69,7 +69,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out of one metric.
+    """The outcome of one metric.
 
     Attributes:
         values: headline first; none where the metric was skipped or failed.
@@ -351,7 +351,7 @@ def _append_features(folder: RunFolder, extractor: Extractor, samples: list[tupl
 
 
 class _Blocks:
-    """Features in a folder, one file of them in memory at a time. What cannot be read counts as not there."""
+    """Features in a folder, one file of them in memory at a time. A file that cannot be read counts as not there."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder, self._name, self._block = folder, "", np.empty((0, 0), np.float32)

@@ -91,10 +91,10 @@ def test_calibration_holds_what_methods_need(out: Path, capsys: Capture) -> None
     geometry, prompts = calibration.geometry, len(calibration.seeds)
     assert prompts == 10
     mass = torch.nansum(calibration.scas, 3)  # over sources
-    torch.testing.assert_close(mass[..., 1:], calibration.history_mass[..., 1:].double(), atol=1e-6, rtol=0)
-    assert bool((calibration.history_mass >= 0).all() and (calibration.history_mass <= 1 + 1e-6).all())
+    torch.testing.assert_close(mass[..., 1:], calibration.history_mass[..., 1:].double(), atol=1e-5, rtol=0)
+    assert bool((calibration.history_mass >= 0).all() and (calibration.history_mass <= 1 + 1e-5).all())
     keys = torch.tensor(geometry.schedule.offsets[1:], dtype=torch.float64)
-    assert bool((calibration.entropy <= keys.log() + 1e-6).all())
+    assert bool((calibration.entropy <= keys.log() + 1e-5).all())
     assert bool((calibration.variance >= 0).all())
 
 
@@ -157,7 +157,8 @@ def test_noise_floor_is_full_against_full(out: Path, capsys: Capture) -> None:
         str(out), *SMALL,
     )  # fmt: skip
     (item,) = report["runs"]
-    assert 0 <= item["metrics"]["kl"][0]["value"] < 1e-8
+    # Back ends agree within 1e-4 in logits, and a bit's KL is at most an eighth of the square; 1e-12 is its rounding.
+    assert -1e-12 < item["metrics"]["kl"][0]["value"] < 1e-4**2 / 8
 
 
 def test_seeds_belong_to_images(tmp_path: Path, capsys: Capture) -> None:

@@ -101,7 +101,8 @@ def test_image_reward_pixels() -> None:
 def test_hps_scores_and_pixels(folder: Path, arch: str, antialias: bool) -> None:
     official = DATA["hps"]["antialias" if antialias else "no_antialias"]
     for picture, numbers in zip(PICTURES, official["pixels"], strict=True):
-        np.testing.assert_allclose(hps.preprocess(picture, antialias=antialias).flatten()[::997], numbers, atol=1e-6)
+        # A pixel of the reduced picture is a float32 sum over a hundred and more.
+        np.testing.assert_allclose(hps.preprocess(picture, antialias=antialias).flatten()[::997], numbers, atol=1e-5)
     metric = hps.HPS(weights=str(folder / "hps.pt"), arch=arch, antialias=antialias)
     found = [s.value / 100 for s in metric.score_batch(samples())]
     np.testing.assert_allclose(found, expected(official), atol=1e-5)

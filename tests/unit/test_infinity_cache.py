@@ -126,7 +126,7 @@ def test_a_batch_of_eight_is_eight_singles(sampling: Sampling) -> None:
     for i, prompt in enumerate(PROMPTS):
         single = generate(Full(), [prompt], sampling, [bits[i : i + 1] for bits in batch.bits])
         assert difference(single.logits, [logits[i : i + 1] for logits in batch.logits]) < 1e-4
-        torch.testing.assert_close(single.latent, batch.latent[i : i + 1], atol=1e-6, rtol=0)
+        torch.testing.assert_close(single.latent, batch.latent[i : i + 1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("method", "text"), [(HeatKV(order="random"), "0.1"), (Sinks(), "0.1")])

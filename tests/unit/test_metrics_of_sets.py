@@ -91,8 +91,9 @@ def test_frechet_distance_agrees_with_clean_fid_and_torch_fidelity(features: tup
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy's, about how clean-fid calls it
         clean = cleanfid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
-    assert ours == pytest.approx(other, rel=1e-5)
-    assert ours == pytest.approx(clean, rel=1e-5)
+    # Their roots of eigenvalues that should be 0, nine tenths of 300, are off by 1e-8 of the largest each.
+    assert ours == pytest.approx(other, rel=1e-4)
+    assert ours == pytest.approx(clean, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -113,7 +114,7 @@ def test_fid_of_folders_agrees_with_clean_fid_and_torch_fidelity(
             input1=str(folders[0]), input2=str(folders[1]), fid=True, cuda=False, verbose=False, batch_size=N,
             feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception), cache=False,
         )  # fmt: skip
-        assert ours.value == pytest.approx(found["frechet_inception_distance"], rel=1e-5)
+        assert ours.value == pytest.approx(found["frechet_inception_distance"], rel=1e-4)
         return
     cleanfid = pytest.importorskip("cleanfid.fid")
     network = Inception("clean", str(inception))
@@ -130,14 +131,14 @@ def test_fid_of_folders_agrees_with_clean_fid_and_torch_fidelity(
             str(folders[0]), str(folders[1]), model, mode="clean", num_workers=0, batch_size=N,
             device=torch.device("cpu"), verbose=False,
         )  # fmt: skip
-    assert ours.value == pytest.approx(found, rel=1e-5)
+    assert ours.value == pytest.approx(found, rel=1e-4)
 
 
 def test_frechet_distance_in_the_span_is_that_in_full(features: tuple[np.ndarray, np.ndarray]) -> None:
     a, b = (moments(side[:, :300].astype(np.float64)) for side in features)
     whole = frechet_distance(a.gaussian(), b.gaussian())
     assert frechet_value("", a, b).value == pytest.approx(whole, rel=1e-5)
-    assert frechet_value("", a, a).value == pytest.approx(0, abs=1e-9)
+    assert frechet_value("", a, a).value == 0
     assert frechet_value("", a, b.gaussian()).value == pytest.approx(whole, rel=1e-5)  # against a fixed reference
     assert frechet_value("", b, a).value == pytest.approx(frechet_value("", a, b).value, rel=1e-6)
 

@@ -182,7 +182,7 @@ def test_official_back_end_is_asked_as_the_worker_expects(
     ImageReward(**known, vocabulary=str(nowhere / "mine.txt")).score(SAMPLE)
     assert asked[2][2]["vocab"] == str(nowhere / "mine.txt")
     (nowhere / "bert-base-uncased-vocab.txt").write_bytes(b"x")
-    with pytest.raises(ArtifactError, match="bert-base-uncased-vocab.txt should have 07eced37"):
+    with pytest.raises(ArtifactError, match=r"bert-base-uncased-vocab\.txt should have 07eced37"):
         ImageReward(**known).score(SAMPLE)
     release()
     assert official.WORKER.is_file()

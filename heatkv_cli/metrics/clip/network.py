@@ -91,20 +91,24 @@ def load_clip(arch: str, wanted: Wanted, device: str, *, option: str, extra: str
 
     def load() -> Clip:
         open_clip = package("open_clip", extra)
+        _check_arch(open_clip, arch, option)
+        state = {key: value for key, value in read_state(path).items() if key not in _NUMBERS}
         network, preprocess, tokenizer = _build(open_clip, arch, option)
         if quick_gelu is not None:
             _check_activation(network, arch, option, quick_gelu, extra)
-        state = {key: value for key, value in read_state(path).items() if key not in _NUMBERS}
         load_exactly(network, state, path)
         return Clip(ready(network, device), preprocess, tokenizer)
 
     return loaded(("clip", arch, wanted.digest, quick_gelu, device), load)
 
 
-def _build(open_clip: Any, arch: str, option: str) -> tuple[Any, Any, Any]:
+def _check_arch(open_clip: Any, arch: str, option: str) -> None:
     known = open_clip.list_models()
     if arch not in known:  # a name with a colon would be looked for on the hub
         raise ConfigError(f"{option} is {arch!r}, which open_clip does not know", did_you_mean(arch, known))
+
+
+def _build(open_clip: Any, arch: str, option: str) -> tuple[Any, Any, Any]:
     try:
         network, _, preprocess = open_clip.create_model_and_transforms(arch, pretrained=None, precision="fp32")
         tokenizer = open_clip.get_tokenizer(arch)

@@ -36,8 +36,8 @@ FILE = WeightsFile(
 SIDE = 299
 DIM = 2048
 NAME = "inception"
-BYTES = 95_472_072
-"""Of the network in memory, its batch norms' statistics included."""
+BYTES = 95_542_320
+"""Size of the network in memory, its batch norms' statistics included."""
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ FILE = WeightsFile(
     sha256=("579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",),
     bytes=18_826_032,
 )
-BYTES = 18_775_136
-"""Of the network in memory, its batch norms' statistics included."""
+BYTES = 18_776_488
+"""Size of the network in memory, its batch norms' statistics included."""
 _STAGES = (
     *((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3)),
     *((6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1)),

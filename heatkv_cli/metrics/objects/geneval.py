@@ -1,7 +1,7 @@
 """GenEval: does the picture show the objects, numbers, colours and places that its prompt asks for?
 
 Detector (``detector.py``), colours (``colours.py``) and judgement (``decisions.py``, shared with the shapes score).
-What was detected is kept as lines of JSON, from which everything can be judged again without a network.
+Detections are kept as lines of JSON, from which everything can be judged again without a network.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class GenEval(Networked, ImageMetric):
         return Score(record["prompt_id"], record["index"], float(decision.correct), task, note=decision.reason)
 
     def _record(self, sample: Sample) -> dict[str, Any]:
-        """What is in the picture: as written down, or as the networks see it."""
+        """The objects of the picture: as written down, or as the networks see them."""
         metadata = {key: sample.meta[key] for key in ("tag", "include", "exclude") if key in sample.meta}
         expected = {"weights_sha256": self.digest(), "metadata": json.loads(json.dumps(metadata))}
         if sample.image is not None:

@@ -115,8 +115,8 @@ class NativeScorer:
 class HPS(Judge):
     """100 x cosine between picture and prompt under HPSv2's CLIP, mean over all pictures.
 
-    Where the prompt list names styles (benchmark ``hpsv2``), each style is a row of its own, with the standard
-    deviation of the means of its groups of 80, which the official tables print.
+    Each style that the prompt list names (benchmark ``hpsv2``) is a row of its own, with the standard deviation of the
+    means of its groups of 80, which the official tables print.
 
     Args:
         release: of the checkpoint.

@@ -1,4 +1,4 @@
-"""What the models of human preference share: two back ends that give the same number, and how they are chosen.
+"""The models of human preference share two back ends, which give the same number.
 
 ``native`` runs the checkpoint in our own code; ``official`` asks the authors' package in a Python of its own (see
 ``official``). That package reads checkpoints with a loader that runs code, so it gets only files of known content.
@@ -114,7 +114,7 @@ class Judge(Networked, ImageMetric):
         return loaded(key, lambda: OfficialScorer(self.PACKAGE, str(self.python), options, self.timeout))
 
     def _options(self) -> dict[str, Any]:
-        """What else the official package is told."""
+        """Further options of the official package."""
         return {}
 
     def numbers(self, samples: Sequence[Sample]) -> tuple[list[float], str]:

@@ -8,7 +8,7 @@ JSON goes in for a picture, one line comes back:
     heatkv: {"id": 0, "prompt": "a cat", "image": "<PNG, base64>"}
     worker: {"id": 0, "score": 0.2876}      or {"id": 0, "error": "what happened"}
 
-The end of its input ends the worker. What it says on stderr is shown when it dies.
+The end of its input ends the worker. Its last lines on stderr are shown when it dies.
 """
 
 from __future__ import annotations
