@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from heatkv_cli.errors import HeatKVError, SetupError
+from heatkv_cli.errors import ArtifactError, SetupError
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -24,18 +24,18 @@ _loaded: dict[Hashable, Any] = {}
 def loaded(key: Hashable, load: Callable[[], T]) -> T:
     """Return what ``load`` makes; it runs once for a key until ``release``.
 
-    An error is remembered too: a file of two gigabytes that does not fit is not read again for every image.
+    A file that does not fit is remembered too: two gigabytes are not read again for every image.
 
     Raises:
-        HeatKVError: ``load`` raised it.
+        ArtifactError: ``load`` raised it, now or before; any other error of ``load`` is not kept.
     """
     if key not in _loaded:
         try:
             _loaded[key] = load()
-        except HeatKVError as error:
+        except ArtifactError as error:
             _loaded[key] = error
     found = _loaded[key]
-    if isinstance(found, HeatKVError):
+    if isinstance(found, ArtifactError):
         raise found.with_traceback(None)
     return cast(T, found)
 
