@@ -19,7 +19,7 @@ from typing import Any
 from heatkv_cli.config import Plan, RunConfig, choices, compose
 from heatkv_cli.console import Console, size_text
 from heatkv_cli.errors import HeatKVError, SetupError
-from heatkv_cli.planning.job import Resolver, weight_file
+from heatkv_cli.planning.resolver import Resolver, weight_file
 from heatkv_cli.results import environment
 
 NEEDED = {

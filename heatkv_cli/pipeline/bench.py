@@ -23,8 +23,9 @@ from heatkv_cli.pipeline.bench_table import Pass
 from heatkv_cli.pipeline.calibrate import calibrate_all
 from heatkv_cli.pipeline.generate import Models, memory_errors, new_cache
 from heatkv_cli.pipeline.process_memory import peak_memory
-from heatkv_cli.planning.job import ImageJob, Job, Resolver, generators_of
+from heatkv_cli.planning.job import ImageJob, Job, generators_of
 from heatkv_cli.planning.preflight import preflight
+from heatkv_cli.planning.resolver import Resolver
 from heatkv_cli.results import finish_meta, write_file, write_meta
 
 FILE, TABLE = "bench.csv", "bench.md"

@@ -8,8 +8,8 @@ from heatkv_cli.config import Plan
 from heatkv_cli.console import Console
 from heatkv_cli.errors import ConfigError, raise_all
 from heatkv_cli.pipeline.calibrate import calibrate_all
-from heatkv_cli.planning.job import Resolver
 from heatkv_cli.planning.preflight import preflight
+from heatkv_cli.planning.resolver import Resolver
 
 
 def run(plan: Plan, ui: Console) -> dict[str, Any]:

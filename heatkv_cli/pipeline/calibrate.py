@@ -19,8 +19,9 @@ from heatkv_cli.methods.hack import ALPHA
 from heatkv_cli.methods.heatkv.stability import Stability, compare_calibrations, half_split_stability
 from heatkv_cli.models.base import ImageModel
 from heatkv_cli.pipeline.figures import write_scas_map, write_variance_curve
-from heatkv_cli.planning.job import Resolver, generators_of, images_of, load_model, sampling_of
+from heatkv_cli.planning.job import generators_of, images_of, load_model, sampling_of
 from heatkv_cli.planning.preflight import preflight
+from heatkv_cli.planning.resolver import Resolver
 from heatkv_cli.results import finish_meta, write_meta
 
 

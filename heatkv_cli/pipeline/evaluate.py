@@ -30,8 +30,9 @@ from heatkv_cli.pipeline.generate import Models, run_pass, tell_infeasible
 from heatkv_cli.pipeline.image_folder import reference_of
 from heatkv_cli.pipeline.measure import Measured, incomplete, measure, statistics_of
 from heatkv_cli.pipeline.samples import items_of_pass
-from heatkv_cli.planning.job import FORCED, FREE, Job, Resolver
+from heatkv_cli.planning.job import FORCED, FREE, Job
 from heatkv_cli.planning.preflight import preflight
+from heatkv_cli.planning.resolver import Resolver
 from heatkv_cli.results import RunFolder
 
 

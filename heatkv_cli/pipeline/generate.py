@@ -30,18 +30,9 @@ from heatkv_cli.core.timeline import Timeline
 from heatkv_cli.errors import ArtifactError, ConfigError, HeatKVError, MemoryLimitError
 from heatkv_cli.models.base import ImageModel, Trace
 from heatkv_cli.pipeline.calibrate import calibrate_all
-from heatkv_cli.planning.job import (
-    FORCED,
-    FREE,
-    ImageJob,
-    Infeasible,
-    Job,
-    Resolver,
-    earlier,
-    generators_of,
-    load_model,
-)
+from heatkv_cli.planning.job import FORCED, FREE, ImageJob, Infeasible, Job, generators_of, load_model
 from heatkv_cli.planning.preflight import preflight
+from heatkv_cli.planning.resolver import Resolver, earlier
 from heatkv_cli.results import RunFolder, finish_meta, write_meta
 
 CHOSEN = "chosen_"  # before the name of a number that the method chose for itself (`window: auto`)

@@ -15,8 +15,9 @@ from heatkv_cli.config import ModelConfig, RunConfig, config_hash
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.models.base import Sketch
 from heatkv_cli.planning.footprint import CacheBytes, Footprint, LooksAtKeysError, footprint, rehearse
-from heatkv_cli.planning.job import Resolver, geometry_of, sampling_of, sketch_of
+from heatkv_cli.planning.job import geometry_of, sampling_of, sketch_of
 from heatkv_cli.planning.preflight import setting_before
+from heatkv_cli.planning.resolver import Resolver
 
 BATCHES = (1, 2, 4, 8, 16)
 

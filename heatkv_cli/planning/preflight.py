@@ -25,17 +25,8 @@ from heatkv_cli.methods.base import Method, Setting
 from heatkv_cli.metrics.base import Metric, SetMetric
 from heatkv_cli.models.base import ImageModel
 from heatkv_cli.planning.effort import hours_text, large
-from heatkv_cli.planning.job import (
-    Infeasible,
-    Resolver,
-    check_device,
-    geometry_of,
-    load_model,
-    metrics_of,
-    refuse_unused,
-    sketch_of,
-    weight_file,
-)
+from heatkv_cli.planning.job import Infeasible, check_device, geometry_of, load_model, metrics_of, sketch_of
+from heatkv_cli.planning.resolver import Resolver, refuse_unused, weight_file
 from heatkv_cli.results import read_results
 
 T = TypeVar("T")

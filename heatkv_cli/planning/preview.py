@@ -9,8 +9,9 @@ from heatkv_cli.config import Plan, RunConfig, config_hash
 from heatkv_cli.console import Console, size_text
 from heatkv_cli.errors import BudgetError, HeatKVError
 from heatkv_cli.planning.byte_plan import BATCHES, BytePlan, byte_plan
-from heatkv_cli.planning.job import Infeasible, Resolver, geometry_of, sampling_of
+from heatkv_cli.planning.job import Infeasible, geometry_of, sampling_of
 from heatkv_cli.planning.preflight import Ready, preflight
+from heatkv_cli.planning.resolver import Resolver
 
 
 def preview(plan: Plan, ui: Console) -> dict[str, Any]:

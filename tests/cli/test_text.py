@@ -23,6 +23,7 @@ from heatkv_cli.errors import ArtifactError, SetupError
 from heatkv_cli.models.infinity.text_t5 import T5Encoder
 from heatkv_cli.pipeline import generate
 from heatkv_cli.planning import job
+from heatkv_cli.planning.resolver import Resolver
 from heatkv_cli.results import RunFolder, read_meta
 
 SMALL = [
@@ -129,7 +130,7 @@ def test_precision_and_positive_prompt_reach_the_encoder(weights: Path, tmp_path
     features = []
     for change in ("t5_dtype=float16", "t5_dtype=bfloat16"):
         cfg = compose([*SMALL, f"weights={weights}", f"out={tmp_path}", f"model.params.{change}"]).first
-        model = job.load_model(cfg, job.Resolver().weights(cfg)[0])
+        model = job.load_model(cfg, Resolver().weights(cfg)[0])
         model.prepare(["a red circle"], cfg.text_root)
         features.append(model.encode(["a red circle"]).features)
     assert 0 < (features[0] - features[1]).abs().max() < 0.2

@@ -25,8 +25,9 @@ from heatkv_cli.models.base import ImageModel, Sketch
 from heatkv_cli.models.infinity.sketch import t5_bytes
 from heatkv_cli.planning.byte_plan import BytePlan, byte_plan
 from heatkv_cli.planning.footprint import CacheBytes, Footprint, Growing, LiveBytes, LooksAtKeysError, rehearse
-from heatkv_cli.planning.job import Resolver, geometry_of, load_model, sampling_of
+from heatkv_cli.planning.job import geometry_of, load_model, sampling_of
 from heatkv_cli.planning.preflight import stand_in
+from heatkv_cli.planning.resolver import Resolver
 
 ROOT = Path(__file__).parents[2]
 MIDDLE = [

@@ -19,7 +19,8 @@ from heatkv_cli.models.infinity.checkpoint import identify
 from heatkv_cli.models.infinity.containers import open_checkpoint
 from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.weights import sha256_path
-from heatkv_cli.planning.job import Resolver, load_model
+from heatkv_cli.planning.job import load_model
+from heatkv_cli.planning.resolver import Resolver
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 
