@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from heatkv_cli import interrupts
-from heatkv_cli.cli.app import app
+from heatkv_cli.cli.app import command
 from heatkv_cli.cli.options import (
     Benchmark,
     Budget,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from heatkv_cli.console import Console
 
 
-@app.command()
+@command()
 def calibrate(
     overrides: Overrides = None,
     model: Model = None,
@@ -64,7 +64,7 @@ def calibrate(
     _stage("calibrate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
-@app.command("build-schedule")
+@command("build-schedule")
 def build_schedule(
     overrides: Overrides = None,
     model: Model = None,
@@ -91,7 +91,7 @@ def build_schedule(
     _stage("build-schedule", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
-@app.command()
+@command()
 def generate(
     overrides: Overrides = None,
     model: Model = None,
@@ -125,7 +125,7 @@ def generate(
     _stage("generate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
-@app.command("eval")
+@command("eval")
 def evaluate(
     overrides: Overrides = None,
     model: Model = None,
@@ -160,7 +160,7 @@ def evaluate(
     _stage("eval", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
-@app.command()
+@command()
 def bench(
     overrides: Overrides = None,
     model: Model = None,

@@ -118,6 +118,12 @@ def compose(
     runs = _distinct(points, command, errors)
     if command in DRAWING:
         errors += [refused for run in runs if (refused := untrained(run.model))]
+    if "weights" in named and command != "download":  # which makes the folder
+        errors += [
+            ConfigError(f"weights: there is no folder {show(str(folder))}", "--weights DIR holds files of models, metrics")
+            for run in runs
+            if (folder := run.weights_folder) is not None and not folder.is_dir()
+        ]
     raise_all(errors)
     if not runs:
         raise ConfigError("there is nothing to run", "an axis of the sweep is empty")
@@ -187,7 +193,8 @@ def _compose_run(assignments: Mapping[str, Any], errors: list[ConfigError]) -> R
     if chosen is None:
         return None
     config = copy.deepcopy(_composed(chosen))
-    _apply_preset(config["model"], assignments.get("model.preset"), errors)
+    if not _apply_preset(config["model"], assignments.get("model.preset"), errors):
+        assignments = {key: value for key, value in assignments.items() if key != "model.preset"}
     for key, value in assignments.items():
         if key not in CHOICES and key != "metric" and key.partition(".")[0] not in unknown:
             _assign(config, key, value, errors)
@@ -273,17 +280,22 @@ def _composed(chosen: tuple[str, ...]) -> dict[str, Any]:
         raise ConfigError(f"cannot compose {conf_dir()}: {error}", "correct the YAML files") from error
 
 
-def _apply_preset(model: dict[str, Any], typed: Any, errors: list[ConfigError]) -> None:
-    """Write the values of the model's preset, the typed one or its own, where single keys can still replace them."""
+def _apply_preset(model: dict[str, Any], typed: Any, errors: list[ConfigError]) -> bool:
+    """Write the values of the model's preset, the typed one or its own, where single keys can still replace them.
+
+    Returns:
+        Whether there is such a preset; an error is appended where there is none.
+    """
     presets = model.get("presets")
     if not presets:
-        return
+        return True
     name = model["preset"] if typed is None else str(typed)
     if name not in presets:
         errors.append(ConfigError(f"model={model['name']} has no preset '{name}'", did_you_mean(name, list(presets))))
-        return
+        return False
     for section, values in presets[name].items():
         model[section] |= values
+    return True
 
 
 def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigError]) -> None:

@@ -6,8 +6,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from bad_inputs import EITHER, HARMLESS, ONE, PARTIAL, REFUSED, Case
+from bad_words import ONE
 from campaign_world import CLEAN, OUT
+from case import EITHER, HARMLESS, PARTIAL, REFUSED, Case
 from damage import Damage
 
 NO_FILE = (

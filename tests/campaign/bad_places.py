@@ -6,8 +6,9 @@ import random
 from collections.abc import Iterator
 
 from bad_files import NO_FILE
-from bad_inputs import EITHER, FULL, HARMLESS, LONG, ONE, SINKS, Case
+from bad_words import ONE, SINKS
 from campaign_world import CLEAN, OUT
+from case import EITHER, FULL, HARMLESS, LONG, Case
 from damage import Damage
 
 SMALL = (*SINKS, "budget=0.1")

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bad_inputs import CONF, EITHER, FULL, HARMLESS, PARTIAL, REFUSED, Case
+from bad_words import CONF
+from case import EITHER, FULL, HARMLESS, PARTIAL, REFUSED, Case
 from damage import MARKER
 from sandbox import Outcome, Sandbox
 
@@ -145,15 +146,8 @@ class Judge:
             yield f"took {ended.bytes / 2**30:.1f} GB"
         if (self.sandbox.place / MARKER).exists():
             yield "code of the input ran"
-        out = str(self.sandbox.place / "out")
-        for what, where in ended.events:
-            if what.startswith("socket"):
-                yield f"{what} {where}"
-            elif what.startswith(("subprocess", "os.system", "os.exec", "os.posix", "pty")):
-                if Path(where).name not in LAUNCHED:
-                    yield f"started {where}"
-            elif where != out and not where.startswith((f"{out}/", "/dev/", "/proc/")):
-                yield f"{what} {where}"
+        if beyond := [f"{what} {where}" for what, where in ended.events if self._beyond(what, where)]:
+            yield f"{len(beyond)} things done outside of --out: {beyond[:3]}"
         if "--json" in case.argv and not case.stdout and ended.code is not None:
             try:
                 document = _document(ended.stdout)
@@ -162,6 +156,15 @@ class Judge:
                 return
             if document.get("exit_code", ended.code) != ended.code:
                 yield f"the document says exit code {document['exit_code']}, the process {ended.code}"
+
+    def _beyond(self, what: str, where: str) -> bool:
+        """Whether an event reaches beyond the folder of results."""
+        if what.startswith("socket"):
+            return True
+        if what.startswith(("subprocess", "os.system", "os.exec", "os.posix", "pty")):
+            return Path(where).name not in LAUNCHED
+        out = str(self.sandbox.place / "out")
+        return where != out and not where.startswith((f"{out}/", "/dev/", "/proc/"))
 
     def _refused(self, case: Case, ended: Outcome, before: Tree, after: Tree) -> Iterator[str]:
         """What holds of a refusal."""
@@ -255,9 +258,9 @@ def _rows(out: Path) -> Iterator[tuple[str, ...]]:
 
 def _elsewhere(before: Tree, after: Tree) -> Iterator[str]:
     """Files that changed or came outside the folder of results."""
-    for name in before.keys() | after.keys():
-        if not name.startswith("out/") and name != "out" and before.get(name) != after.get(name):
-            yield f"changed outside of --out: {name}: {before.get(name)} -> {after.get(name)}"
+    names = [name for name in sorted(before.keys() | after.keys()) if name != "out" and not name.startswith("out/")]
+    if other := [name for name in names if before.get(name) != after.get(name)]:
+        yield f"{len(other)} files changed outside of --out: {other[:3]}"
 
 
 def _differences(case: Case, clean: Clean, found: Clean) -> list[str]:
