@@ -12,6 +12,7 @@ the others go on. Whatever ends the command, the table of what is known is print
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -221,15 +222,21 @@ def _full_statistics(full: Job, ui: Console, metric: SetMetric) -> Any:
 
 
 def _costs(job: Job) -> dict[str, float]:
-    """Median over batches of what each batch recorded; bytes and tokens are the same in all of them."""
+    """Median over the batches that recorded a number: bytes and tokens are the same in all of them.
+
+    The first batch alone knows beta_work, and the others the time; one batch alone has no time.
+    """
     folder = RunFolder.reading(job.folder / FREE)
     rows = [row for image in job.shown if (row := folder.row(image.image_id))]
     recorded = [row["numbers"] or {} for row in {row["batch"]: row for row in rows}.values()]
     if not recorded:
         return {}
     try:
-        return {key: statistics.median(float(numbers[key]) for numbers in recorded) for key in recorded[0]}
-    except (KeyError, TypeError, ValueError) as error:
+        known: dict[str, list[float]] = defaultdict(list)
+        for key, value in (item for numbers in recorded for item in numbers.items()):
+            known[key].append(float(value))
+        return {key: statistics.median(values) for key, values in known.items()}
+    except (TypeError, ValueError) as error:
         raise ArtifactError(
             f"{folder.manifest}: the recorded numbers were changed ({error})", f"remove {folder.path}"
         ) from error

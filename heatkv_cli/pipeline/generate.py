@@ -25,7 +25,7 @@ from heatkv_cli.benchmarks.trees import Picture
 from heatkv_cli.config import Plan, config_hash
 from heatkv_cli.console import Console
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.ledger import Ledger
+from heatkv_cli.core.live_bytes import Watched
 from heatkv_cli.core.timeline import Timeline
 from heatkv_cli.errors import ArtifactError, ConfigError, HeatKVError, MemoryLimitError
 from heatkv_cli.models.base import ImageModel, Trace
@@ -172,7 +172,8 @@ def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | 
         with ui.progress(label, sum(map(len, todo)), "img") as progress:
             for batch in todo:
                 copied = None if traces is None else _load_traces(traces, batch)
-                rows, files = _make(job, kind, model, batch, copied)
+                watch = kind == FREE and batch[0] == batches[0][0]
+                rows, files = _make(job, kind, model, batch, copied, watch)
                 folder.append_batch(rows, files)
                 progress.advance(len(batch))
     finish_meta(job.folder)
@@ -187,9 +188,12 @@ def _tell_earlier(job: Job, kind: str, ui: Console) -> None:
 
 
 def _make(
-    job: Job, kind: str, model: ImageModel, batch: Sequence[ImageJob], copied: list[Trace] | None
+    job: Job, kind: str, model: ImageModel, batch: Sequence[ImageJob], copied: list[Trace] | None, watch: bool
 ) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-    """Run one batch; returns its manifest rows and its files."""
+    """Run one batch; returns its manifest rows and its files.
+
+    A watched batch says how much memory a visit takes, and nothing of time, which watching costs.
+    """
     cfg, scales = job.cfg, range(model.geometry.num_scales)
     forced: list[Tensor | None] = []
     if copied is not None:
@@ -205,21 +209,25 @@ def _make(
         with Timeline(job.device) as reading:
             condition = model.encode([image.item.prompt for image in batch])
         with Timeline(job.device) as timeline:
-            trace = model.generate(condition, job.sampling, cache, generators, forced)
+            seen = Watched(cache) if watch else cache
+            trace = model.generate(condition, job.sampling, seen, generators, forced)
         text_seconds, stages = sum(reading.by_stage().values()), timeline.by_stage()
         ledger, facts = cache.ledger, cache.policy.facts
-        del cache  # the decoder needs more memory than any scale, and no cache
+        visits_peak = seen.cuda_peak if isinstance(seen, Watched) else 0
+        del cache, seen  # the decoder needs more memory than any scale, and no cache
         _check_finite(trace, job)
         pixels = None if kind == FORCED else model.decode(trace.latent).cpu().numpy()
-    numbers = _costs(ledger, stages, len(batch)) | {"text_seconds": text_seconds / len(batch)}
+    numbers = ledger.ratios() | {"text_seconds": text_seconds / len(batch)}
+    if not watch:
+        numbers |= _times(stages, len(batch))
     numbers |= {CHOSEN + name: value for name, value in facts.items()}
     common = {
         "batch": batch[0].image_id,
-        "seconds": numbers["seconds_per_image"],
+        "seconds": numbers.get("seconds_per_image"),
         "kv_peak_bytes": ledger.live_peak,
         "kv_resident_bytes": ledger.alloc_bytes,
         "status": "ok",
-        "cuda_peak_bytes": torch.cuda.max_memory_allocated(job.device) if cuda else None,
+        "cuda_peak_bytes": max(visits_peak, torch.cuda.max_memory_allocated(job.device)) if cuda else None,
     }
     rows: list[dict[str, Any]] = []
     files: dict[str, bytes] = {}
@@ -309,10 +317,10 @@ def bit_kl(full: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, float]:
     return {"kl": total / count, **each}
 
 
-def _costs(ledger: Ledger, stages: dict[str, float], images: int) -> dict[str, float]:
+def _times(stages: dict[str, float], images: int) -> dict[str, float]:
+    """Seconds an image, and the share of each stage of the cache."""
     seconds = sum(stages.values())
-    shares = {f"{stage}_share": stages.get(stage, 0) / seconds for stage in CACHE_STAGES}
-    return {**ledger.ratios(), "seconds_per_image": seconds / images, **shares}
+    return {"seconds_per_image": seconds / images} | {f"{s}_share": stages.get(s, 0) / seconds for s in CACHE_STAGES}
 
 
 def _png(pixels: Any) -> bytes:

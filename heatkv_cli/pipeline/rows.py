@@ -102,21 +102,20 @@ class Table:
         _write_scores(item)
 
     def costs(self, item: Evaluated) -> None:
-        """Write the rows about a run's time."""
-        if not item.costs:
-            return
+        """Write the rows about a run's time, where it is known."""
         rows = [
             {
                 **self._common(item),
                 "metric": f"{stage}_share",
                 "metric_version": "1",
                 "variant": "",
-                "value": item.costs.get(f"{stage}_share", math.nan),
+                "value": item.costs[f"{stage}_share"],
                 "n": len(item.job.shown),
                 "unit": "fraction of the time",
                 "higher_is_better": False,
             }
             for stage in SHARES
+            if f"{stage}_share" in item.costs
         ]
         upsert_results(self.path, rows)
 
@@ -287,7 +286,8 @@ def _print(runs: Sequence[Evaluated], infeasible: Sequence[Infeasible], plan: Pl
         row += [_number(item.costs, "beta_alloc", "{:.4f}"), _number(item.costs, "attended_ratio", "{:.3f}")]
         row += [_judged(item, name, limited) for name in names]
         if costs:
-            row.append(f"{1000 * item.costs.get('seconds_per_image', math.nan):.0f}")
+            seconds = item.costs.get("seconds_per_image")
+            row.append("" if seconds is None else f"{1000 * seconds:.0f}")
             row += [_number(item.costs, "attention_share", "{:.0%}"), _number(item.costs, "policy_share", "{:.1%}")]
         rows.append(row)
     for i, point in enumerate(infeasible, start=len(runs)):

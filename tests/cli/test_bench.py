@@ -162,7 +162,7 @@ def made(seconds: dict[Any, float]) -> Pass:
 def test_bytes_are_those_of_eval(rows: list[Row], out: Path, capsys: Capture) -> None:
     arguments = ["method=full,heatkv", "budget=0.2,0.1", "metric=psnr", "limit=1", "contact_sheet=0", f"out={out}"]
     report = call(capsys, "eval", *arguments, "runtime.batch_size=1", "runtime.threads=1")
-    for name in ("beta_live", "beta_alloc", "beta_work", "beta_meta", "attended_tokens", "attended_ratio"):
+    for name in ("beta_live", "beta_alloc", "beta_meta", "attended_tokens", "attended_ratio"):
         measured = table(rows, name)
         for item in report["runs"]:
             found = measured[item["method"], item["budget"]]["all", "pass"]
