@@ -13,7 +13,6 @@ from heatkv_cli.errors import ConfigError
 from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.toolkit.caps import shares
 from heatkv_cli.methods.toolkit.selecting import (
-    SCORE_BYTES,
     Selecting,
     Window,
     WindowMethod,
@@ -88,7 +87,6 @@ class _CAKE(Selecting):
         if len(self._held) * ahead <= self._total:  # all fits at the next scale too: nobody will ask for scores
             self._held[layer] = length
             return None
-        visit.charge(SCORE_BYTES * len(visit.k) * visit.k.shape[1] * length)
         scores = self._observe(visit)
         caps = self._caps(visit)
         if visit.scale < self._last:

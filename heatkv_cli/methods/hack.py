@@ -17,7 +17,6 @@ from heatkv_cli.errors import BudgetError
 from heatkv_cli.methods.base import Method, Setting, Timing, at_least, refused
 from heatkv_cli.methods.toolkit.merging import keep_and_merge
 from heatkv_cli.methods.toolkit.selecting import (
-    SCORE_BYTES,
     Selecting,
     grid_queries,
     recent_queries,
@@ -173,7 +172,6 @@ class _Hack(Selecting):
         heads = ((positions[0] >= 0).sum(-1) > caps).nonzero().flatten()
         if not len(heads):
             return None
-        visit.charge(SCORE_BYTES * len(visit.k) * positions.shape[1] * positions.shape[2])
         scores = visit.column_mass(self._queries(visit), heads=heads)
         scores = share_rows(scores, visit.cond) if self._method.share_cfg else scores
         self._protect(visit, scores, positions, heads)

@@ -231,7 +231,7 @@ def summary(jobs: Sequence[Job], passes: Passes) -> list[dict[str, Any]]:
                 "pass_ratio_by_ffn": None if pace is None else pace.ratio,
                 "quotient_by_ffn": None if steady is None else _over(steady, flops),
                 **{f"{name.replace('/', '_')}_share": share for name, share in shares.items()},
-                **{name: each[ALL, "pass", name].median for name in ("beta_alloc", "beta_live", "beta_work")},
+                **{name: each[ALL, "pass", name].median for name in ("beta_alloc", "beta_live")},
                 "added_bytes": None if added is None else added.median,
                 "peak_bytes": None if peak is None else peak.median,
             }
@@ -255,7 +255,7 @@ def shown(jobs: Sequence[Job], passes: Passes) -> list[tuple[str, list[str], lis
         f"{machine['device_name']}, {machine['threads']} threads, median of {cfg.repeats}"
     )
     columns = ["method", "budget", "s/image", "of full", "by ffn", "self-attention", "FLOPs", "quotient", "by ffn"]
-    columns += ["read", "pool", "policy", "beta_alloc", "beta_live", "beta_work", "added MiB", "peak MiB"]
+    columns += ["read", "pool", "policy", "beta_alloc", "beta_live", "added MiB", "peak MiB"]
     rows = [
         [
             item["method"],
@@ -264,7 +264,7 @@ def shown(jobs: Sequence[Job], passes: Passes) -> list[tuple[str, list[str], lis
             *(_cell(item[name]) for name in ("ratio_to_full", "pass_ratio_by_ffn", "attention_ratio", "flop_ratio")),
             *(_cell(item[name]) for name in ("quotient", "quotient_by_ffn")),
             *(f"{item[name]:.1%}" for name in ("attention_read_share", "pool_share", "policy_share")),
-            *(f"{item[name]:.4f}" for name in ("beta_alloc", "beta_live", "beta_work")),
+            *(f"{item[name]:.4f}" for name in ("beta_alloc", "beta_live")),
             _mebibytes(item["added_bytes"]),
             _mebibytes(item["peak_bytes"]),
         ]

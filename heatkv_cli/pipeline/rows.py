@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from heatkv_cli.config import Plan, RunConfig, read_yaml
 from heatkv_cli.console import Console
 from heatkv_cli.metrics.base import SetMetric
 from heatkv_cli.metrics.scores import Value
-from heatkv_cli.pipeline.generate import CHOSEN
 from heatkv_cli.pipeline.measure import Measured, metric_rows
+from heatkv_cli.pipeline.passes import CHOSEN
 from heatkv_cli.planning.job import FORCED, Infeasible, metrics_of
 from heatkv_cli.results import (
     Fields,
@@ -102,21 +103,20 @@ class Table:
         _write_scores(item)
 
     def costs(self, item: Evaluated) -> None:
-        """Write the rows about a run's time."""
-        if not item.costs:
-            return
+        """Write the rows about a run's time, where it is known."""
         rows = [
             {
                 **self._common(item),
                 "metric": f"{stage}_share",
                 "metric_version": "1",
                 "variant": "",
-                "value": item.costs.get(f"{stage}_share", math.nan),
+                "value": item.costs[f"{stage}_share"],
                 "n": len(item.job.shown),
                 "unit": "fraction of the time",
                 "higher_is_better": False,
             }
             for stage in SHARES
+            if f"{stage}_share" in item.costs
         ]
         upsert_results(self.path, rows)
 
@@ -254,13 +254,18 @@ def _flat(run: RunConfig) -> dict[str, Any]:
         "batch": run.runtime.batch_size,
         "preset": run.model.preset,
         **{f"model.params.{key}": value for key, value in run.model.params.items()},
-        **{f"sampling.{key}": value for key, value in run.model.sampling.per_scale(1).items()},
+        **{f"sampling.{key}": _short(value) for key, value in asdict(run.model.sampling).items()},
         **{f"benchmark.{key}": value for key, value in run.benchmark.params.items()},
     }
     return {
         key: json.dumps(value, default=str) if isinstance(value, (dict, list, tuple)) else value
         for key, value in values.items()
     }
+
+
+def _short(value: Any) -> Any:
+    """One value where all scales have the same."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
 def _print(runs: Sequence[Evaluated], infeasible: Sequence[Infeasible], plan: Plan, ui: Console) -> None:
@@ -287,7 +292,8 @@ def _print(runs: Sequence[Evaluated], infeasible: Sequence[Infeasible], plan: Pl
         row += [_number(item.costs, "beta_alloc", "{:.4f}"), _number(item.costs, "attended_ratio", "{:.3f}")]
         row += [_judged(item, name, limited) for name in names]
         if costs:
-            row.append(f"{1000 * item.costs.get('seconds_per_image', math.nan):.0f}")
+            seconds = item.costs.get("seconds_per_image")
+            row.append("" if seconds is None else f"{1000 * seconds:.0f}")
             row += [_number(item.costs, "attention_share", "{:.0%}"), _number(item.costs, "policy_share", "{:.1%}")]
         rows.append(row)
     for i, point in enumerate(infeasible, start=len(runs)):
@@ -347,7 +353,7 @@ def summary(item: Evaluated) -> dict[str, Any]:
         "parameters": dict(cfg.method.params),
         "budget": cfg.budget.slug,
         "seed": cfg.seed,
-        "sampling": cfg.model.sampling.per_scale(len(cfg.model.sizes)),
+        "sampling": asdict(cfg.model.sampling),
         "runtime": cfg.runtime.identity(),
         "asked": len(item.job.shown),
         "status": "failed" if item.error else "done",

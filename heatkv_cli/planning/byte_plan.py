@@ -15,7 +15,7 @@ from heatkv_cli.config import ModelConfig, RunConfig, config_hash
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.models.base import Sketch
 from heatkv_cli.planning.footprint import CacheBytes, Footprint, LooksAtKeysError, footprint, rehearse
-from heatkv_cli.planning.job import geometry_of, sampling_of, sketch_of
+from heatkv_cli.planning.job import geometry_of, sketch_of
 from heatkv_cli.planning.preflight import setting_before
 from heatkv_cli.planning.resolver import Resolver
 
@@ -51,15 +51,12 @@ class BytePlan:
         return batch * self.rows * self.cache.alloc
 
     def kv_work(self, batch: int) -> int:
-        """The pool and its transient, by the ledger's `work_peak`."""
+        """The pool and what a visit holds beside it, by the ledger's `work_peak` (without index tables of a CPU)."""
         return batch * self.rows * self.cache.work
 
     def transient(self, batch: int) -> int:
         """The most beside weights and pool while bits are drawn: FFN or attention, whichever holds more."""
-        copies = batch * self.rows * self.cache.copied
-        # the current scale's keys and values are counted twice, which is what a ragged layer gathers of its queries
-        # and outputs; a layer of equal heads holds that much less
-        inside = self.model.attending.of(batch) + copies + self.model.output.of(batch)
+        inside = self.model.attending.of(batch) + batch * self.rows * self.cache.beside
         return max(self.model.blocks.of(batch), inside)
 
     def phases(self, batch: int) -> dict[str, int]:
@@ -110,7 +107,7 @@ def byte_plan(cfg: RunConfig, resolver: Resolver) -> BytePlan | None:
         BudgetError: the method cannot meet the budget, in the words of the run itself.
     """
     geometry = geometry_of(cfg.model)
-    guided = sampling_of(cfg.model).guided
+    guided = cfg.model.sampling.guided
     cache, exact = _cache(cfg, geometry, resolver)
     if not cfg.model.sketch:
         return None
@@ -138,7 +135,7 @@ def _footprint(shape: _Shape) -> Footprint:
     def make(geometry: Geometry) -> Sketch:
         return sketch_of(model, geometry)
 
-    return footprint(make, geometry_of(model), sampling_of(model), shape.on_host)
+    return footprint(make, geometry_of(model), model.sampling, shape.on_host)
 
 
 def _cache(cfg: RunConfig, geometry: Geometry, resolver: Resolver) -> tuple[CacheBytes, bool]:
@@ -154,6 +151,6 @@ def _cache(cfg: RunConfig, geometry: Geometry, resolver: Resolver) -> tuple[Cach
     slots = policy.capacity
     alloc = slots * (geometry.bytes_per_token + policy.state_bytes)
     stored, current = -(-slots // geometry.num_layers), geometry.num_heads * geometry.schedule.lengths[-1]
-    copied = (2 * stored + 2 * current) * geometry.bytes_per_token  # a layer's share, read and joined
+    beside = (2 * stored + 3 * current) * geometry.bytes_per_token  # a layer's share, read and joined; the output
     index = 4 * 3 * slots
-    return CacheBytes(alloc, alloc + copied, index), False
+    return CacheBytes(alloc, alloc + beside, index), False

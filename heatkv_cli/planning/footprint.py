@@ -1,14 +1,13 @@
 """What a generation holds in memory, found by running the very code without memory.
 
-The model runs on PyTorch's meta device while a counter follows every storage from its birth to its end; the cache runs
-on tokens of width 1 and books into its ledger as always. So no formula repeats what the code does: a plan is right
-after the next change as well. The model's attention is skipped: its kernels hold nothing but their output.
+Model and cache run on PyTorch's meta device while a counter follows every storage from its birth to its end. So no
+formula repeats what the code does: a plan is right after the next change as well. Attention itself is skipped: its
+kernels hold nothing but their output.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -16,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.policy import Keep, Policy, View, Visit
-from heatkv_cli.core.pool import KVPool
+from heatkv_cli.core.live_bytes import LiveBytes, Watched
+from heatkv_cli.core.policy import Policy, View
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.models.base import Sampling, Sketch
 
@@ -32,9 +30,12 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 @dataclass(frozen=True)
 class CacheBytes:
-    """Bytes of one batch row: the pool with the method's state, the peak with the transient, and the index tables.
+    """Bytes of one batch row.
 
-    The index tables do not grow with the rows where all rows hold the same tokens.
+    Args:
+        alloc: the pool with the method's state.
+        work: the pool and what a visit holds beside it at its peak, the current keys and values included.
+        index: tables of the host; they do not grow with the rows where all rows hold the same tokens.
     """
 
     alloc: int
@@ -42,8 +43,8 @@ class CacheBytes:
     index: int
 
     @property
-    def copied(self) -> int:
-        """The transient beside the pool: the current scale and copies."""
+    def beside(self) -> int:
+        """The most that a visit holds beside the pool, the current keys and values included."""
         return self.work - self.alloc
 
 
@@ -52,32 +53,26 @@ class LooksAtKeysError(Exception):
 
 
 def rehearse(geometry: Geometry, policy: Policy) -> CacheBytes:
-    """Run all visits of a generation with queries and keys of width 1; the ledger is the ledger's own.
+    """Run all visits of a generation on the meta device; the ledger is the ledger's own.
 
     Raises:
         LooksAtKeysError: the policy asks for keys or attention.
     """
-    cache = _Rehearsal(geometry, policy)
-    for count in geometry.schedule.lengths:
-        tokens = torch.zeros(1, geometry.num_heads, count, 1, dtype=cache.pool.k.dtype)
-        for layer in range(geometry.num_layers):
-            cache.attend(layer, tokens, tokens, tokens, 1.0)
-        cache.end_scale()
+    cache = _Rehearsal(geometry, policy, 1, 1, _DTYPES[geometry.dtype_bytes], "meta")
+    watched = Watched(cache)
+    with _SkippedAttention():
+        for count in geometry.schedule.lengths:
+            tokens = cache.pool.k.new_empty(1, geometry.num_heads, count, geometry.head_dim)
+            for layer in range(geometry.num_layers):
+                watched.attend(layer, tokens, tokens, tokens, 1.0)
+            watched.end_step()
     ledger = cache.ledger
+    assert ledger.work_peak is not None  # it was watched
     return CacheBytes(ledger.alloc_bytes, ledger.work_peak, ledger.meta_peak)
 
 
 class _Rehearsal(KVCache):
-    """A cache whose tokens are one number wide: slots, tables and ledger are real, attention is that of one query."""
-
-    def __init__(self, geometry: Geometry, policy: Policy):
-        dtype = _DTYPES[geometry.dtype_bytes]
-        super().__init__(geometry, policy, 1, 1, dtype, "meta")
-        self.geometry = replace(geometry, head_dim=1)
-        self.pool = KVPool(policy.capacity, 1, 1, dtype)  # the ledger has been told the size of the real one
-
-    def _attend(self, visit: Visit, before: Keep | None) -> Tensor:
-        return super()._attend(replace(visit, q=visit.q[:, :, :1]), before)
+    """A cache without keys and values: slots, tables and ledger are real."""
 
     def view(self, layer: int, heads: Tensor | None = None) -> View:
         raise LooksAtKeysError
@@ -114,8 +109,7 @@ class Footprint:
         weights: bytes of each network.
         encoder: bytes of the text encoder, which is freed before the first image.
         blocks: the most that is alive outside of attention.
-        attending: what is alive when attention of the last scale begins, the current scale's q, k and v included.
-        output: of attention, at the last scale.
+        attending: what is alive when attention begins, at its most, but for the current keys and values.
         decode: the most that is alive while latents become pixels.
     """
 
@@ -123,7 +117,6 @@ class Footprint:
     encoder: int
     blocks: Growing
     attending: Growing
-    output: Growing
     decode: Growing
 
 
@@ -140,34 +133,30 @@ def footprint(make: Callable[[Geometry], Sketch], geometry: Geometry, sampling: 
     scales = sorted({0, geometry.num_scales - 2, geometry.num_scales - 1})
     few = ScaleSchedule(tuple(geometry.schedule.sizes[s] for s in scales))
     sketch = make(replace(geometry, schedule=few, sink_scales=1))
-    cfg, tau = (tuple(values[s] for s in scales) for values in (sampling.cfg, sampling.tau))
-    sampling = replace(sampling, cfg=cfg, tau=tau)
+    sampling = sampling.at(scales)
     tensors = {name: [*net.parameters(), *net.buffers()] for name, net in sketch.networks.items()}
-    known = [tensor for part in tensors.values() for tensor in part]
-    one, two = (_run(sketch, sampling, batch, known, on_host) for batch in (1, 2))
-    blocks, attending, output, decode = (Growing.through(*pair) for pair in zip(one, two, strict=True))
+    one, two = (_run(sketch, sampling, batch, on_host) for batch in (1, 2))
+    blocks, attending, decode = (Growing.through(*pair) for pair in zip(one, two, strict=True))
     weights = {name: sum(tensor.nbytes for tensor in part) for name, part in tensors.items()}
-    return Footprint(weights, sketch.encoder_bytes, blocks, attending, output, decode)
+    return Footprint(weights, sketch.encoder_bytes, blocks, attending, decode)
 
 
-def _run(
-    sketch: Sketch, sampling: Sampling, batch: int, known: Iterable[Tensor], on_host: bool
-) -> tuple[int, int, int, int]:
-    """Peak outside of attention, live bytes at its beginning, its output, peak of decoding; of one batch."""
+def _run(sketch: Sketch, sampling: Sampling, batch: int, on_host: bool) -> tuple[int, int, int]:
+    """Peak outside of attention, live bytes at its beginning, peak of decoding; of one batch."""
     generators = [torch.Generator().manual_seed(i) for i in range(batch)]
-    with _SkippedAttention(), LiveBytes(known, on_host) as memory:
+    with _SkippedAttention(), _HostBytes() if on_host else LiveBytes() as memory:
         seen = _Attention(memory)
         latent = sketch.model.generate(sketch.condition(batch), sampling, seen, generators).latent
         blocks, memory.peak = memory.peak, memory.live
         sketch.model.decode(latent)
-    return blocks, seen.live, seen.output, memory.peak
+    return blocks, seen.live, memory.peak
 
 
 class _Attention:
     """In a cache's place: notes how much is alive when it is called."""
 
     def __init__(self, memory: LiveBytes):
-        self._memory, self.live, self.output = memory, 0, 0
+        self._memory, self.live = memory, 0
 
     def attend(
         self,
@@ -177,51 +166,24 @@ class _Attention:
         v: Tensor,
         softmax_scale: float,
     ) -> Tensor:
-        self.live, self.output = max(self.live, self._memory.live), max(self.output, q.nbytes)
+        self.live = max(self.live, self._memory.live - k.nbytes - v.nbytes)
         return torch.empty_like(q)
 
-    def end_scale(self) -> None: ...
+    def end_step(self) -> None: ...
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and their peak, while it is active.
+class _HostBytes(LiveBytes):
+    """Live bytes of a model on a CPU, where a convolution of oneDNN copies its input into a layout of its own."""
 
-    Args:
-        known: tensors that are not counted: the weights.
-        on_host: the model will run on a CPU: count the host's storages too, and that a convolution of oneDNN copies its
-            input into a layout of its own.
-
-    Attributes:
-        live, peak: bytes.
-    """
-
-    def __init__(self, known: Iterable[Tensor] = (), on_host: bool = False):
-        super().__init__()
-        self.live = self.peak = 0
-        self._on_host, self._devices = on_host, ("meta", "cpu") if on_host else ("meta",)
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+    def __init__(self) -> None:
+        super().__init__(("meta", "cpu"))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation, and count what it made."""
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(tensor, Tensor) and tensor.device.type in self._devices:
-                self._count(tensor.untyped_storage())
-        if self._on_host and func is torch.ops.aten.convolution.default:
+        """Run one operation, and count what it made and copied."""
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.aten.convolution.default:
             self.peak = max(self.peak, self.live + args[0].nbytes)
         return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
 
 
 class _SkippedAttention(TorchFunctionMode):

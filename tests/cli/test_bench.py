@@ -107,7 +107,7 @@ def test_stages_sum_to_the_pass(tmp_path: Path) -> None:
     plan = compose([f"out={tmp_path}", "method=full", "limit=1", *FAST], command="bench")
     job_ = Resolver().job(plan.first)
     model = bench.Models().get(job_)
-    condition = model.encode([job_.images[0].item.prompt])
+    condition = model.encode([job_.images[0].item])
     values = bench._measure(job_, model, condition).values()
     seconds = {(scale, stage): value for (scale, stage, measure), value in values.items() if measure == "seconds"}
     scales = [str(s) for s in range(8)]
@@ -162,7 +162,7 @@ def made(seconds: dict[Any, float]) -> Pass:
 def test_bytes_are_those_of_eval(rows: list[Row], out: Path, capsys: Capture) -> None:
     arguments = ["method=full,heatkv", "budget=0.2,0.1", "metric=psnr", "limit=1", "contact_sheet=0", f"out={out}"]
     report = call(capsys, "eval", *arguments, "runtime.batch_size=1", "runtime.threads=1")
-    for name in ("beta_live", "beta_alloc", "beta_work", "beta_meta", "attended_tokens", "attended_ratio"):
+    for name in ("beta_live", "beta_alloc", "beta_meta", "attended_tokens", "attended_ratio"):
         measured = table(rows, name)
         for item in report["runs"]:
             found = measured[item["method"], item["budget"]]["all", "pass"]

@@ -15,7 +15,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from heatkv_cli.core.attention import joined
@@ -29,8 +28,8 @@ from heatkv_cli.methods.heatkv import HeatKV
 from heatkv_cli.methods.heatkv.schedule import Schedule
 from heatkv_cli.methods.sinks import Sinks
 from heatkv_cli.methods.streaming import Streaming
-from heatkv_cli.models.base import Sampling
 from heatkv_cli.models.infinity.model import InfinityModel
+from heatkv_cli.models.infinity.sampling import Sampling
 from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig, Text
 
@@ -102,7 +101,7 @@ def generate(cache: KVCache, after_visit: Callable[[int, int], None] = lambda sc
             q = torch.randn(shape, generator=generator) * 1e-4
             cache.attend(layer, q, tag(shape, K_TAG, generator), tag(shape, V_TAG, generator), 1.0)
             after_visit(scale, layer)
-        cache.end_scale()
+        cache.end_step()
 
 
 class Scale:
@@ -153,42 +152,6 @@ def test_during_a_visit_there_is_the_current_scale_beside_the_pool(method: Metho
     scale.cache = None
 
 
-def weigh_attention(cache: KVCache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes on the heap beside the pool whenever attention reads from it, and when attention proper runs."""
-    weighed: list[int] = []
-    attention, read = F.scaled_dot_product_attention, cache.pool.read
-
-    def weigh() -> None:
-        # whole storages: what attention has not written yet may be made of a freed key's memory
-        others = storages(ignore=(cache.pool.k, cache.pool.v)).values()
-        weighed.append(sum(flat.nbytes for flat in others if bool(tagged(flat).all())))
-
-    def spy_attention(query: Tensor, key: Tensor, value: Tensor, mask: None, scale: float) -> Tensor:
-        assert bool(tagged(key).all() & tagged(value).all())
-        weigh()
-        return attention(query, key, value, mask, scale=scale)
-
-    def spy_read(slots: Tensor) -> tuple[Tensor, Tensor]:
-        copies = read(slots)
-        weigh()
-        return copies
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy_attention)
-    monkeypatch.setattr(cache.pool, "read", spy_read)
-    generate(cache)
-    return weighed
-
-
-@cases
-def test_beta_work_is_what_attention_needs(method: Method, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly what is alive, whether a layer's heads are equally long or not."""
-    policy, _ = policy_of(method, text)
-    cache = KVCache(GEOMETRY, policy, ROWS, 1)
-    measured = max(weigh_attention(cache, monkeypatch))
-    booked = cache.ledger.work_peak - cache.ledger.alloc_bytes
-    assert measured == booked
-
-
 @cases
 def test_used_slots_hold_what_the_ledger_says(method: Method, text: str) -> None:
     """Occupancy, counted in the pool itself: free slots are painted over after every visit."""
@@ -232,36 +195,6 @@ def test_policies_that_copy_leave_nothing_behind(backend: str) -> None:
     assert weigh_visits(cache) == {cache.ledger.alloc_bytes}
 
 
-class Lopsided(Policy):
-    """One long head, the others empty: padded copies weigh much more than what is stored."""
-
-    def __init__(self) -> None:
-        super().__init__(GEOMETRY.full_tokens)
-        self.beside: list[int] = []
-
-    def before_attend(self, visit: Visit) -> Keep | None:
-        view = visit.view()
-        if visit.scale:
-            assert isinstance(visit.cache, KVCache)
-            self.beside.append(held_bytes(visit.cache) - visit.cache.ledger.alloc_bytes)
-        assert view.k.shape[2] == visit.geometry.schedule.offsets[visit.scale + 1]
-        return None
-
-    def after_attend(self, visit: Visit) -> Iterable[Keep]:
-        segments = torch.zeros(GEOMETRY.num_heads, GEOMETRY.num_scales, dtype=torch.bool)
-        segments[0] = True
-        return (Keep(visit.layer, segments=segments),)
-
-
-def test_what_a_policy_copies_is_charged_to_beta_work() -> None:
-    policy = Lopsided()
-    cache = KVCache(GEOMETRY, policy, ROWS, 1)
-    generate(cache)
-    booked = cache.ledger.work_peak - cache.ledger.alloc_bytes
-    stored = GEOMETRY.schedule.peak_tokens * ROWS * GEOMETRY.bytes_per_token  # read from the pool, then copied
-    assert max(policy.beside) == booked - stored
-
-
 class Uneven(Policy):
     """Heads of three lengths; looks at all their keys."""
 
@@ -269,7 +202,7 @@ class Uneven(Policy):
         super().__init__(GEOMETRY.full_tokens)
 
     def before_attend(self, visit: Visit) -> Keep | None:
-        visit.by_column(visit.q, lambda q, keys: (keys.sum(-1), 0))
+        visit.by_column(visit.q, lambda q, keys: keys.sum(-1))
         return None
 
     def after_attend(self, visit: Visit) -> Iterable[Keep]:
@@ -309,8 +242,8 @@ class Tagging:
         self.weighed.append(held_bytes(self.cache))
         return y
 
-    def end_scale(self) -> None:
-        self.cache.end_scale()
+    def end_step(self) -> None:
+        self.cache.end_step()
         self.weighed.append(held_bytes(self.cache))
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from heatkv_cli.core.attention import CHUNK_ELEMENTS
 from heatkv_cli.core.policy import Keep, Merged, Visit
-from heatkv_cli.methods.toolkit.selecting import SCORE_BYTES
 
 _LEAST = 1e-12  # length of a key; a zero key is as near to all
 RULES = ("pivot", "average", "weighted", "similarity")
@@ -38,8 +37,6 @@ def keep_and_merge(visit: Visit, mask: Tensor, rule: str, heads: Tensor | None =
     """
     view = visit.view(heads)
     chosen = mask if heads is None else mask[:, heads.to(mask.device)]
-    # keys and values, two float32 copies of dropped ones, and what the choice was made by
-    visit.charge(view.k.nbytes + view.v.nbytes + 8 * view.k.numel() + SCORE_BYTES * view.k[..., 0].numel())
     k, v = merge_dropped(view.k, view.v, chosen, view.valid, rule)
     names = range(mask.shape[1]) if heads is None else heads.tolist()
     return Keep(visit.layer, mask=mask, merged=Merged(names, k, v))

@@ -24,7 +24,6 @@ Place = Literal["grid", "recent"]
 Recent = Literal["raster", "grid"]
 Pooling = Literal["avg", "max"]
 
-SCORE_BYTES = 64  # scores, pooled and sorted scores, order, places and masks of one token, while a policy chooses
 
 # ------------------------------------------------------------------------------------- which of the current queries
 
@@ -312,7 +311,6 @@ class Selecting(Policy):
         cap, positions = self.cap(visit), visit.positions()
         if positions.shape[2] <= cap:
             return None
-        visit.charge(SCORE_BYTES * len(visit.k) * positions.shape[1] * positions.shape[2])
         return self.choose(visit, cap)
 
     def before_attend(self, visit: Visit) -> Keep | None:
