@@ -17,9 +17,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,21 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.startfile", "pty.spawn"}
 TALKS = {"socket.connect", "socket.getaddrinfo", "socket.bind"}
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a command is stopped from outside: a moment that a busy machine does not move.
+
+    Args:
+        signal: number of the signal it gets.
+        event: count of changes to files after which it gets it; the next one does not happen before.
+        delay: seconds after that change.
+    """
+
+    signal: int
+    event: int
+    delay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,7 @@ class Sandbox:
         stdout: str = "",
         stderr: str = "",
         timeout: float = TIMEOUT,
+        stop: Stop | None = None,
     ) -> Outcome:
         """Run `heatkv ARGV` in the folder as it lies.
 
@@ -112,6 +129,7 @@ class Sandbox:
             conf: read `files/conf` in the place of the package's own.
             stdout, stderr: a device or file to write to; "" for one that is read afterwards.
             timeout: seconds.
+            stop: when it is stopped, and how.
         """
         said = {"stdout": self.root / "stdout", "stderr": self.root / "stderr", "events": self.root / "events"}
         for path in said.values():
@@ -125,6 +143,7 @@ class Sandbox:
             "stderr": stderr or str(said["stderr"]),
             "events": str(said["events"]),
             "timeout": timeout,
+            "stop": asdict(stop) if stop else None,
         }
         server = self._warm()
         assert server.stdin is not None and server.stdout is not None
@@ -247,7 +266,7 @@ def _command(job: Mapping[str, Any]) -> None:
             groups._PACKAGE = Path(job["place"]) / "files"
         from heatkv_cli.__main__ import main
 
-        sys.addaudithook(_Noted(events))
+        sys.addaudithook(_Noted(events, Stop(**job["stop"]) if job["stop"] else None))
         main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -265,8 +284,9 @@ def _command(job: Mapping[str, Any]) -> None:
 class _Noted:
     """An audit hook that writes down what changes the world."""
 
-    def __init__(self, events: int) -> None:
-        self._events = events
+    def __init__(self, events: int, stop: Stop | None) -> None:
+        self._events, self._stop = events, stop
+        self._count = 0
 
     def __call__(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
@@ -284,7 +304,18 @@ class _Noted:
         where = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else repr(path)
         if event in CHANGES or event == "open":
             where = os.path.realpath(where)  # noqa: PTH - bytes that are no text
+        self._stop_here()
         os.write(self._events, (json.dumps([event, where]) + "\n").encode())
+
+    def _stop_here(self) -> None:
+        """Let the signal come when it is time."""
+        self._count += 1
+        if self._stop is None or self._count != self._stop.event:
+            return
+        if self._stop.delay:
+            threading.Timer(self._stop.delay, os.kill, (os.getpid(), self._stop.signal)).start()
+        else:
+            os.kill(os.getpid(), self._stop.signal)
 
 
 if __name__ == "__main__":
