@@ -41,7 +41,7 @@ app = typer.Typer(
 
 
 class Command(TyperCommand):
-    """A command that refuses an option which is given twice, as it refuses a key: nobody can tell which one is meant."""
+    """A command that refuses an option which is given twice, as it refuses a key: nobody can tell which is meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the words; a usage error names an option with several values."""
@@ -127,5 +127,5 @@ def _usage(error: Any, argv: Sequence[str]) -> int:
     console = Console(as_json="--json" in argv)
     console.error(HeatKVError(error.format_message(), fix))
     errors = [{"error": error.format_message(), "fix": fix}]
-    console.result({"status": "error", "exit_code": code, "errors": errors})
+    console.failed(code, errors)
     return code

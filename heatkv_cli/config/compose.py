@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from heatkv_cli.config.check import typed_run, untrained
-from heatkv_cli.config.groups import GROUPS, check_choice, choices, conf_dir, read_yaml
+from heatkv_cli.config.groups import GROUPS, check_choice, choices, conf_dir, load_yaml, read_yaml
 from heatkv_cli.config.settings import Experiment, Plan, RunConfig, config_hash
 from heatkv_cli.config.sweep import PATH_KEYS, SHORT, Axis, load_experiment, merge, parse_overrides, product, quote
 from heatkv_cli.config.typed import join, show
@@ -120,7 +120,9 @@ def compose(
         errors += [refused for run in runs if (refused := untrained(run.model))]
     if "weights" in named and command != "download":  # which makes the folder
         errors += [
-            ConfigError(f"weights: there is no folder {show(str(folder))}", "--weights DIR holds files of models, metrics")
+            ConfigError(
+                f"weights: there is no folder {show(str(folder))}", "--weights DIR holds files of models, metrics"
+            )
             for run in runs
             if (folder := run.weights_folder) is not None and not folder.is_dir()
         ]
@@ -257,10 +259,22 @@ def _check(errors: list[ConfigError], group: str, name: str, key: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _default_model() -> str:
-    import yaml
+    return _defaults()["model"]
 
-    content = yaml.safe_load((conf_dir() / "config.yaml").read_text(encoding="utf-8"))
-    return str(next(entry["model"] for entry in content["defaults"] if isinstance(entry, dict) and "model" in entry))
+
+def _defaults() -> dict[str, str]:
+    """The file of each group that `config.yaml` chooses."""
+    path = conf_dir() / "config.yaml"
+    listed = load_yaml(path).get("defaults")
+    found = {
+        str(group): str(name)
+        for entry in (listed if isinstance(listed, list) else ())
+        if isinstance(entry, dict)
+        for group, name in entry.items()
+    }
+    if "model" not in found:
+        raise ConfigError(f"{path} chooses no model", "correct the YAML file")
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -272,12 +286,24 @@ def _composed(chosen: tuple[str, ...]) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    _read_files(chosen)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()), job_name="heatkv"):
             return _plain(hydra_compose(config_name="config", overrides=list(chosen)), resolve=False)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot compose {conf_dir()}: {error}", "correct the YAML files") from error
+
+
+def _read_files(chosen: tuple[str, ...]) -> None:
+    """Read every file that is to be composed: what is wrong with one is told of that file, and nothing hangs."""
+    files = {}
+    for key, name in (*_defaults().items(), *(text.split("=", 1) for text in chosen)):
+        files[key.lstrip("+")] = name
+    for key, name in files.items():
+        group = key.partition("@")[0].lstrip("/").removeprefix("override ")
+        if group in GROUPS:
+            read_yaml(group, name)
 
 
 def _apply_preset(model: dict[str, Any], typed: Any, errors: list[ConfigError]) -> bool:

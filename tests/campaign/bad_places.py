@@ -69,7 +69,16 @@ def variables(draw: random.Random) -> Iterator[Case]:
 def outputs(draw: random.Random) -> Iterator[Case]:
     """Folders that cannot be written to."""
     places = ["@files@/prompts.txt", "@files@/prompts.txt/below", "/dev/null", "/dev/full", "/dev/null/x", "/proc/x"]
-    places += ["/sys/x", "/proc/self/x", "x" * LONG, "@files@/" + "y" * 256, "", "@files@/link", "@files@/loop", "/proc/1"]
+    places += [
+        "/sys/x",
+        "/proc/self/x",
+        "x" * LONG,
+        "@files@/" + "y" * 256,
+        "",
+        "@files@/link",
+        "@files@/loop",
+        "/proc/1",
+    ]
     commands = [SMALL, ("calibrate",), ("build-schedule", "budget=0.1"), CLEAN["eval"][:-2], CLEAN["bench"][:-2]]
     commands += [CLEAN["score"][:-2], (*CLEAN["eval"][:-2], "--dry-run")]
     for place in places:
@@ -82,8 +91,21 @@ def outputs(draw: random.Random) -> Iterator[Case]:
             json = ("--json",) if draw.random() < 0.5 else ()
             yield Case("output", f"out is {place[:60]!r}", (*argv, *words, *json), damages)
     for what in ("schedules", "images", "bench", "score", "calibration"):
-        command = {"schedules": "schedule", "images": "eval", "bench": "bench", "score": "score", "calibration": "calibrate"}
-        for way in ("empty", "a pipe", "a link to nothing", "a link to itself", "a link to /dev/full", "a link to /dev/null"):
+        command = {
+            "schedules": "schedule",
+            "images": "eval",
+            "bench": "bench",
+            "score": "score",
+            "calibration": "calibrate",
+        }
+        for way in (
+            "empty",
+            "a pipe",
+            "a link to nothing",
+            "a link to itself",
+            "a link to /dev/full",
+            "a link to /dev/null",
+        ):
             argv = CLEAN[command[what]]
             yield Case("output", f"out/{what} is {way}", argv, (Damage(f"out/{what}", way),), errors=2)
     for lock, command in (
@@ -96,13 +118,20 @@ def outputs(draw: random.Random) -> Iterator[Case]:
     ):
         for way in ("a folder", "a pipe", "a link to itself", "a link to /dev/full", "garbage", "a link to /dev/zero"):
             expect = HARMLESS if way == "garbage" else EITHER
-            yield Case("output: lock", f"{lock} is {way}", CLEAN[command], (Damage(lock, way),), expect=expect, errors=2)
+            yield Case(
+                "output: lock", f"{lock} is {way}", CLEAN[command], (Damage(lock, way),), expect=expect, errors=2
+            )
 
 
 def streams(draw: random.Random) -> Iterator[Case]:
     """A stdout or stderr that is full."""
     commands = {"ls": ("ls", "methods"), "version": ("--version", "--json"), "models": ("models", "tiny")}
-    commands |= {"schedule": CLEAN["schedule"], "score": CLEAN["score"], "eval": CLEAN["eval"], "dry": (*SMALL, "--dry-run")}
+    commands |= {
+        "schedule": CLEAN["schedule"],
+        "score": CLEAN["score"],
+        "eval": CLEAN["eval"],
+        "dry": (*SMALL, "--dry-run"),
+    }
     for name, argv in commands.items():
         for json in ((), ("--json",)):
             if name == "version" and not json:
@@ -115,7 +144,9 @@ def streams(draw: random.Random) -> Iterator[Case]:
             yield Case("stream", f"{name}: stderr is full", words, stderr="/dev/full", expect=HARMLESS, clean=words)
     for argv in (("eval", "budget=7", *OUT), ("evl",), ("ls", "nosuch"), ("generate", "--nosuch")):
         yield Case("stream", "an error, and stderr is full", argv, stderr="/dev/full", codes=(2, 3))
-        yield Case("stream", "an error, and stdout is full", (*argv, "--json"), stdout="/dev/full", codes=(2, 3), errors=2)
+        yield Case(
+            "stream", "an error, and stdout is full", (*argv, "--json"), stdout="/dev/full", codes=(2, 3), errors=2
+        )
 
 
 def conf(draw: random.Random) -> Iterator[Case]:
@@ -129,16 +160,43 @@ def conf(draw: random.Random) -> Iterator[Case]:
         "metric/kl.yaml": CLEAN["eval"][:-2],
         "experiment/demo.yaml": ("eval", "experiment=demo", "limit=1"),
     }
-    ways = (*NO_FILE, "garbage", "zeros", "UTF-16", "text that is not UTF-8", "a JSON number", "a JSON text", "JSON NaN")
-    ways += ("a JSON list of nothing", "deep JSON", "deep JSON objects", "NUL characters", "a picture", "a page of HTML")
-    ways += ("YAML with code", "YAML with a call", "YAML that is cut", "a YAML bomb", "YAML with a tab", "an unknown key", "a _target_ with code", "a cycle")
+    ways = (
+        *NO_FILE,
+        "garbage",
+        "zeros",
+        "UTF-16",
+        "text that is not UTF-8",
+        "a JSON number",
+        "a JSON text",
+        "JSON NaN",
+    )
+    ways += (
+        "a JSON list of nothing",
+        "deep JSON",
+        "deep JSON objects",
+        "NUL characters",
+        "a picture",
+        "a page of HTML",
+    )
+    ways += (
+        "YAML with code",
+        "YAML with a call",
+        "YAML that is cut",
+        "a YAML bomb",
+        "YAML with a tab",
+        "an unknown key",
+        "a _target_ with code",
+        "a cycle",
+    )
     for path, argv in files.items():
         for way in ways:
             if path.startswith("experiment") and way in ("a _target_ with code", "a cycle"):
                 continue
             words = (*argv, *OUT, *(("--json",) if draw.random() < 0.5 else ()))
             errors = 9 if way == "an unknown key" else 3
-            yield Case("conf", f"{path} is {way}", words, (Damage(f"files/conf/{path}", way),), conf=True, errors=errors)
+            yield Case(
+                "conf", f"{path} is {way}", words, (Damage(f"files/conf/{path}", way),), conf=True, errors=errors
+            )
 
 
 def caches(draw: random.Random) -> Iterator[Case]:

@@ -80,7 +80,9 @@ def leaves() -> tuple[Leaf, ...]:
     return tuple(leaf for leaf in found.values() if leaf.key not in ("metric", "out"))
 
 
-WHOLE = re.compile(r"seed|batch|thread|num_|_scales|splits|neighbours|images|objects|resamples|sheet|count|limit|repeats")
+WHOLE = re.compile(
+    r"seed|batch|thread|num_|_scales|splits|neighbours|images|objects|resamples|sheet|count|limit|repeats"
+)
 """Names of whole numbers; of others a default of 1 does not say whether 1.5 would do."""
 
 
@@ -127,6 +129,8 @@ def commands_for(leaf: Leaf, draw: random.Random) -> tuple[tuple[str, ...], tupl
         some = [("eval",), ("generate", "--dry-run"), ("generate",)]
     first, *rest = draw.choice(some)
     chosen = leaf.chosen
+    if "benchmark=prompts" in chosen and leaf.key != "benchmark.file":
+        chosen += ("benchmark.file=@files@/prompts.txt",)
     if first == "score" and not any(word.startswith("metric=") for word in chosen):
         chosen += ("metric=psnr",)
     if first == "calibrate":
@@ -169,7 +173,7 @@ def config_texts(draw: random.Random) -> Iterator[Case]:
         quoted = '"' + text + '"' if draw.random() < 0.5 else text
         argv = (*before, f"{leaf.key}={quoted}", *after)
         yield Case("config: control characters", f"{leaf.key} is {text!r}", argv, codes=CONFIG)
-        argv = (*before, f"{leaf.key}={draw.choice('xé')* LONG}", *after)
+        argv = (*before, f"{leaf.key}={draw.choice('xé') * LONG}", *after)
         yield Case("config: long value", f"{leaf.key} has {LONG} characters", argv, codes=CONFIG)
 
 
@@ -253,7 +257,8 @@ def keys(draw: random.Random) -> Iterator[Case]:
             "of Hydra": (draw.choice(("hydra.run.dir=@place@/x", "hydra/launcher=basic", "hydra.job.chdir=true")),),
         }
         for what in draw.sample(sorted(wrong), 3):
-            yield Case("config: key", f"{key} {what}", (*before, *wrong[what], *after), codes=CONFIG)
+            errors = 2 if what == "given twice" else 1  # for many keys 1 is wrong too
+            yield Case("config: key", f"{key} {what}", (*before, *wrong[what], *after), codes=CONFIG, errors=errors)
 
 
 # ------------------------------------------------------------------------------------------------------------- sweeps
@@ -338,7 +343,11 @@ def sweeps(draw: random.Random) -> Iterator[Case]:
         words = tuple(odd.split())
         base = ("generate", *ONE) if any(word.startswith("method=") for word in words) else SINKS
         yield Case(
-            "sweep: the same", f"{odd} says {sound}", (*base, *words, *OUT), expect=HARMLESS, clean=(*SINKS, sound, *OUT)
+            "sweep: the same",
+            f"{odd} says {sound}",
+            (*base, *words, *OUT),
+            expect=HARMLESS,
+            clean=(*SINKS, sound, *OUT),
         )
 
 
@@ -401,21 +410,45 @@ def words(draw: random.Random) -> Iterator[Case]:
     """Commands and arguments that are not there, or too many."""
     wrong = [("evl",), ("eval", "x"), ("nosuch", "--json"), ("--json", "nosuch"), ("--nosuch",)]
     wrong += [("ls", "methodss"), ("ls", "methods", "models"), ("ls", ""), ("ls", "\x1b[31m"), ("ls", "x" * LONG)]
-    wrong += [("ls", "methods", "--stale"), ("ls", "runs", "--remove"), ("ls", "--remove"), ("ls", "methods", "--out", "a")]
+    wrong += [
+        ("ls", "methods", "--stale"),
+        ("ls", "runs", "--remove"),
+        ("ls", "--remove"),
+        ("ls", "methods", "--out", "a"),
+    ]
     wrong += [("download",), ("download", "nosuch"), ("download", "benchmark=nosuch"), ("download", "method=full")]
     wrong += [("download", "tiny", "--images"), ("download", "benchmark=shapes", "--images")]
-    wrong += [("download", "a=b=c"), ("download", "="), ("download", "benchmark="), ("download", ""), ("download", "../x")]
+    wrong += [
+        ("download", "a=b=c"),
+        ("download", "="),
+        ("download", "benchmark="),
+        ("download", ""),
+        ("download", "../x"),
+    ]
     wrong += [("download", "benchmark=../../x"), ("download", "model=" + "x" * LONG), ("download", "\x1b[31m")]
-    wrong += [("models", "nosuch"), ("models", ""), ("models", "tiny", "tiny"), ("models", "../tiny"), ("models", "x/y")]
+    wrong += [
+        ("models", "nosuch"),
+        ("models", ""),
+        ("models", "tiny", "tiny"),
+        ("models", "../tiny"),
+        ("models", "x/y"),
+    ]
     wrong += [("doctor", "nosuch"), ("doctor", "--model", "nosuch"), ("doctor", "seed=x"), ("doctor", "out=")]
     wrong += [("score",), ("score", "metric=psnr"), ("score", "--images", "@files@/nosuch", "metric=psnr")]
     wrong += [("score", "--images", "@files@/pictures"), ("score", "--images", "@files@/pictures", "metric=kl")]
-    wrong += [("score", "--images", "@files@/pictures", "metric=psnr"), ("score", "--images", "@files@", "metric=psnr,nosuch")]
+    wrong += [
+        ("score", "--images", "@files@/pictures", "metric=psnr"),
+        ("score", "--images", "@files@", "metric=psnr,nosuch"),
+    ]
     wrong += [("score", "--images", "@files@/pictures", "metric=clip_score")]
     wrong += [("score", "--images", "@files@/hpdv2", "--reference", "@files@/reference", "metric=psnr")]
     wrong += [("bench", "model=tiny,infinity-2b"), ("bench", "runtime.batch_size=1,2"), ("bench", "weights=random")]
     wrong += [("build-schedule", "method=snapkv", "budget=0.1"), ("build-schedule", "budget=0.0001")]
-    wrong += [("build-schedule", "method=full"), ("generate", "method=full", "budget=0.1"), ("eval", "budget=0.1", "rho=0.7")]
+    wrong += [
+        ("build-schedule", "method=full"),
+        ("generate", "method=full", "budget=0.1"),
+        ("eval", "budget=0.1", "rho=0.7"),
+    ]
     wrong += [("generate", "method=snapkv", "schedule=@files@/schedule.safetensors")]
     wrong += [("generate", "method=sinks", "orders=@files@/orders.json")]
     wrong += [("generate", "method=h2o", "calibration=@files@/calibration.safetensors")]
@@ -425,7 +458,11 @@ def words(draw: random.Random) -> Iterator[Case]:
     wrong += [("generate", "runtime=gpu"), ("eval", "runtime=gpu", "runtime.device_index=99")]
     wrong += [("generate", "model=infinity-2b", "benchmark=shapes"), ("generate", "benchmark=prompts")]
     wrong += [("generate", "model=infinity-2b", "resolution=0.25M"), ("generate", "preset=infer")]
-    wrong += [("generate", "method=[full,heatkv]"), ("generate", "model=tiny.yaml"), ("generate", "model=../model/tiny")]
+    wrong += [
+        ("generate", "method=[full,heatkv]"),
+        ("generate", "model=tiny.yaml"),
+        ("generate", "model=../model/tiny"),
+    ]
     wrong += [("eval", "metric=kl", "metric.psnr.data_range=1"), ("eval", "metric=")]
     wrong += [("eval", "metric=geneval", "benchmark=shapes"), ("eval", "metric=shapes", "benchmark=natural")]
     for argv in wrong:

@@ -218,10 +218,14 @@ def _itself(path: Path, draw: random.Random) -> None:
     path.symlink_to(path.name)
 
 
-PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000a49444154789c6300010000050001")
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000a49444154789c6300010000050001"
+)
 """The beginning of a picture."""
 
-GIANT_PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452") + struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
+GIANT_PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452") + struct.pack(
+    ">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0
+)
 """A picture that says it has 4 * 10**18 pixels."""
 
 YAML_BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(

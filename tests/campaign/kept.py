@@ -21,9 +21,7 @@ LOGS = ("run.log", "results.csv")
 def lasting(value: Any) -> Any:
     """A record without its times; shares of the time end in `_share`."""
     if isinstance(value, dict):
-        return {
-            key: lasting(item) for key, item in value.items() if key not in TIMES and not key.endswith("_share")
-        }
+        return {key: lasting(item) for key, item in value.items() if key not in TIMES and not key.endswith("_share")}
     return [lasting(item) for item in value] if isinstance(value, list) else value
 
 

@@ -228,8 +228,6 @@ def _warm_up() -> None:
     import hydra  # noqa: F401
     import PIL.Image
     import rich.console  # noqa: F401
-    import safetensors.torch
-    import scipy.linalg
     import torch  # noqa: F401
     import torchmetrics  # noqa: F401
     import torchvision  # noqa: F401
@@ -303,7 +301,7 @@ class _Noted:
             return
         where = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else repr(path)
         if event in CHANGES or event == "open":
-            where = os.path.realpath(where)  # noqa: PTH - bytes that are no text
+            where = os.path.realpath(where)
         self._stop_here()
         os.write(self._events, (json.dumps([event, where]) + "\n").encode())
 

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import stat
@@ -17,6 +16,7 @@ from typing import Any
 from bad_words import CONF
 from case import EITHER, FULL, HARMLESS, PARTIAL, REFUSED, Case
 from damage import MARKER
+from kept import lasting
 from sandbox import Outcome, Sandbox
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -24,11 +24,14 @@ MOST_BYTES = 3 * 2**30
 """Memory that no refusal needs; a warm process has 0.6 GB to begin with."""
 
 ABORTED = ("Traceback", "Logging error", "Fatal Python error", "Exception ignored", "core dumped", "Segmentation")
+REPORTS = ("doctor", "models")
+"""Commands whose outcome says what is missing; it is no error of theirs."""
+
 LAUNCHED = {"git", "uname"}
 """Programs that may be started: they tell which code and machine this is."""
 
 VOLATILE = {"seconds", "command", "path", "next", "run_id", "costs", "contact_sheet", "figures", "incomplete", "table"}
-VOLATILE |= {"load_seconds", "text_seconds", "calibrations", "reason", "stability"}
+VOLATILE |= {"images", "load_seconds", "text_seconds", "calibrations", "reason", "stability"}
 NUMBERS = ("metric", "variant", "value", "low", "high", "n", "asked")
 
 Tree = dict[str, str]
@@ -49,7 +52,7 @@ def snapshot(folder: Path) -> Tree:
         mode = path.lstat().st_mode
         name = str(path.relative_to(folder)).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         if stat.S_ISLNK(mode):
-            found[name] = f"link to {os.readlink(path)}"
+            found[name] = f"link to {path.readlink()}"
         elif stat.S_ISREG(mode):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
@@ -125,7 +128,7 @@ class Judge:
             for path in out.rglob("*.png")
             if path.is_file() and "calibration" not in path.parts
         }
-        document = _document(ended.stdout) if "--json" in case.argv else None
+        document = _document(ended.stdout) if "--json" in case.argv and not case.stdout else None
         return {"code": ended.code, "pictures": pictures, "rows": set(_rows(out)), "document": _lasting(document)}
 
     # --------------------------------------------------------------------------------------------------- what must hold
@@ -163,6 +166,8 @@ class Judge:
             return True
         if what.startswith(("subprocess", "os.system", "os.exec", "os.posix", "pty")):
             return Path(where).name not in LAUNCHED
+        if what == "os.mkdir" and not Path(where).is_dir():
+            return False  # it was tried, and could not be
         out = str(self.sandbox.place / "out")
         return where != out and not where.startswith((f"{out}/", "/dev/", "/proc/"))
 
@@ -174,7 +179,7 @@ class Judge:
             yield f"exit code {ended.code}, not one of {case.codes}"
         yield from self._told(case, ended)
         for name, was in before.items():
-            if after.get(name) != was and not name.endswith("run.log"):
+            if after.get(name) != was and not name.endswith("run.log") and self._lost(case, name):
                 yield f"changed {name}: {was[:20]} -> {after.get(name, 'gone')[:20]}"
         if made := [name for name in after if name not in before and name.endswith(".png")]:
             yield f"made {made[:3]}"
@@ -182,6 +187,18 @@ class Judge:
         rows = [row for row in set(_rows(self.sandbox.place / "out")) - known if row[NUMBERS.index("value")]]
         if rows and not any(damage.path.endswith("results.csv") for damage in case.damages):
             yield f"wrote the numbers {sorted(rows)[:3]}"
+
+    def _lost(self, case: Case, name: str) -> bool:
+        """Whether a file that changed holds less than before, times left out; a sweep writes what is known at once."""
+        old, new = self.sandbox.world / name, self.sandbox.place / name
+        if name.endswith("results.csv") and not any(damage.path.endswith("results.csv") for damage in case.damages):
+            return not set(_rows(old.parent)) <= set(_rows(new.parent))
+        if name.endswith("meta.json") and new.is_file() and old.is_file():
+            try:
+                return _record(old) != _record(new)
+            except ValueError:
+                return True
+        return True
 
     def _told(self, case: Case, ended: Outcome) -> Iterator[str]:
         """The form of an error: what, and what to do; one for one mistake; in the document too."""
@@ -191,7 +208,7 @@ class Judge:
         if ended.code == 6:
             if "warning: " not in ended.stderr and not errors:
                 yield "nothing was said of what is missing"
-        elif not errors:
+        elif not errors and case.argv[0] not in REPORTS:
             yield f"no error was told: {ended.stderr[-300:]!r}"
         yield from (f"no fix for: {what}" for what, fix in errors if not fix.strip())
         if len(errors) > case.errors:
@@ -203,11 +220,24 @@ class Judge:
         except ValueError:
             return
         listed = document.get("errors") or document.get("missing") or []
-        if ended.code != 6 and [entry["error"].splitlines()[:1] for entry in listed] != [[what] for what, _ in errors]:
-            if "checks" not in document and "files" not in document:
-                yield f"the document lists {listed}, stderr says {errors}"
+        listed = [_spelled(entry["error"].splitlines()[0]) for entry in listed]
+        if ended.code != 6 and case.argv[0] not in REPORTS and listed != [_spelled(what) for what, _ in errors]:
+            yield f"the document lists {listed}, stderr says {errors}"
         if ended.code == 6 and not any(document.get(key) for key in ("incomplete", "failed", "infeasible", "lacking")):
             yield "the document does not say what is missing"
+
+
+def _spelled(text: str) -> str:
+    """A text without the signs that a terminal must not see, and without the ways to spell them."""
+    return re.sub(r"\\+(x[0-9a-f]{2}|u[0-9a-f]{4}|n|t)|[^ -~]", "?", text)
+
+
+def _record(path: Path) -> Any:
+    """A record without times and without the list of who wrote it."""
+    found = lasting(json.loads(path.read_bytes()))
+    return {
+        key: value for key, value in found.items() if key not in ("starts", "finished_utc", "status", "environment")
+    }
 
 
 def _errors(said: str) -> list[tuple[str, str]]:
@@ -243,7 +273,7 @@ def _lasting(value: Any) -> Any:
 
 
 def _rows(out: Path) -> Iterator[tuple[str, ...]]:
-    """The numbers of all results files, times left out."""
+    """The numbers of all results files in a folder or below, times left out."""
     for path in (out / "results.csv", out / "score" / "results.csv"):
         if not path.is_file() or path.stat().st_size > 2**24:
             continue
@@ -270,6 +300,8 @@ def _differences(case: Case, clean: Clean, found: Clean) -> list[str]:
         for key in ("code", "document")
         if found[key] != clean[key]
     ]
+    if case.expect == PARTIAL:  # what cannot be read was asked for all the same
+        return wrong + _fewer(clean, found)
     if missing := clean["pictures"] - found["pictures"]:
         wrong.append(f"pictures differ: {sorted(missing)[:3]}")
     strange = found["rows"] - clean["rows"]
@@ -282,6 +314,13 @@ def _differences(case: Case, clean: Clean, found: Clean) -> list[str]:
     if strange:
         wrong.append(f"rows that the sound command does not write: {sorted(strange)[:3]}")
     return wrong
+
+
+def _fewer(clean: Clean, found: Clean) -> list[str]:
+    """How the numbers of a command that lost a part differ from those of the sound one without it."""
+    numbers = [{row[: NUMBERS.index("asked")] for row in each["rows"]} for each in (clean, found)]
+    strange = numbers[1] - numbers[0]
+    return [f"rows that the sound command does not write: {sorted(strange)[:3]}"] if strange else []
 
 
 def _short(value: Any) -> str:
