@@ -41,8 +41,9 @@ def hub_snapshot(repository: str, revision: str | None = None) -> Path:
     """
     folder, revision = hub_cache() / f"models--{repository.replace('/', '--')}", revision or "main"
     reference = folder / "refs" / revision
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    return folder / "snapshots" / commit
+    commit = reference.read_text(encoding="utf-8", errors="replace").strip() if reference.is_file() else revision
+    named = re.fullmatch(r"\w[\w.-]{0,200}", commit)  # of a damaged reference there is no snapshot
+    return folder / "snapshots" / (commit if named else revision)
 
 
 def sha256_known(path: Path) -> str:

@@ -169,7 +169,11 @@ class Judge:
         if what == "os.mkdir" and not Path(where).is_dir():
             return False  # it was tried, and could not be
         out = str(self.sandbox.place / "out")
-        return where != out and not where.startswith((f"{out}/", "/dev/", "/proc/"))
+        return (
+            where != out
+            and not where.startswith((f"{out}/", "/dev/", "/proc/", "/sys/"))
+            and where not in ("/proc", "/sys")
+        )
 
     def _refused(self, case: Case, ended: Outcome, before: Tree, after: Tree) -> Iterator[str]:
         """What holds of a refusal."""
@@ -300,7 +304,9 @@ def _differences(case: Case, clean: Clean, found: Clean) -> list[str]:
         for key in ("code", "document")
         if found[key] != clean[key]
     ]
-    if case.expect == PARTIAL:  # what cannot be read was asked for all the same
+    if case.expect == PARTIAL or (
+        found["code"] == 6 and case.clean_damages
+    ):  # what cannot be read was asked for all the same
         return wrong + _fewer(clean, found)
     if missing := clean["pictures"] - found["pictures"]:
         wrong.append(f"pictures differ: {sorted(missing)[:3]}")
