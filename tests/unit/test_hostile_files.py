@@ -20,7 +20,7 @@ from heatkv_cli.results.files import locked
 
 @pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
 def test_json_is_utf_8(codec: str) -> None:
-    with pytest.raises(ValueError, match="decode|Expecting"):
+    with pytest.raises(ValueError, match=r"decode|Expecting"):
         load_json('{"a": "é"}'.encode(codec))
     assert load_json('{"a": "é"}'.encode()) == {"a": "é"}
 
@@ -54,7 +54,7 @@ def test_yaml_that_is_no_plain_mapping(tmp_path: Path, text: bytes, words: str) 
 @pytest.mark.parametrize("target", ["/dev/full", "/dev/zero", "/proc/self/mem", "/nonexistent"])
 def test_yaml_that_is_no_file(tmp_path: Path, target: str) -> None:
     (tmp_path / "x.yaml").symlink_to(target)
-    with pytest.raises(ConfigError, match="x.yaml"):
+    with pytest.raises(ConfigError, match=r"x\.yaml"):
         load_yaml(tmp_path / "x.yaml")
 
 
