@@ -30,7 +30,7 @@ CLEAN: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibrate", *OUT),
     "schedule": ("build-schedule", "budget=0.1", *OUT),
     "eval": ("eval", *STREAMING, "metric=kl,psnr,psnr_layout,shapes", "contact_sheet=2", *OUT),
-    "generate": ("generate", "budget=0.1", "--limit", "1", "runtime.batch_size=1", *OUT),
+    "generate": ("generate", "budget=0.1", "--limit", "1", *OUT),
     "bench": ("bench", "method=streaming", "budget=0.2", "repeats=1", "warmup=0", *OUT),
     "score": ("score", "--images", "@files@/pictures", "--reference", "@files@/reference", "metric=psnr,ssim", *OUT),
     "fd": ("score", "--images", "@files@/pictures", "--reference", "@files@/reference", *LITE0, *OUT),

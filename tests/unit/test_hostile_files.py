@@ -124,6 +124,8 @@ def test_an_error_whose_document_finds_no_room(
     [
         (("generate", "--budget", "0.1", "--budget", "0.2"), "--budget is given twice"),
         (("score", "--images", "a", "--images", "b"), "--images is given twice"),
+        (("eval", "seed=" + "[" * 3000 + "]" * 3000), "cannot read the override"),
+        (("eval", "seed=" + "{a:" * 1000 + "1" + "}" * 1000), "cannot read the override"),
         (("generate", f"seed={2**63}"), f"seed is {2**63}"),
         (("generate", "--weights", "/nonexistent/folder"), "weights: there is no folder"),
     ],
