@@ -1,7 +1,7 @@
 """Runs command lines apart from each other: every one in a process of its own, forked from one that is warm.
 
 A fork costs a tenth of a second where a start costs three. Each command line meets the same folder anew, at the same
-path: `place/out`, what is there already; `place/files`, what a user has; `place/home`, `place/tmp`. Whatever the process
+path: `place/out`, results; `place/files`, what a user has; `place/home`, `place/tmp`. Whatever the process
 opens for writing, starts or connects to is noted by an audit hook, so that nothing escapes which lies elsewhere.
 
 `python sandbox.py` is the process that forks; it reads jobs from stdin, a line of JSON each.
