@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TIMES = {"created_utc", "seconds_per_image", "seconds", "text_seconds", "load_seconds", "command", "git_dirty"}
-"""Names of columns and keys that differ from run to run: times, and who wrote it last."""
+TIMES = {"created_utc", "finished_utc", "seconds_per_image", "seconds", "text_seconds", "load_seconds"}
+TIMES |= {"starts", "command", "git_dirty", "key"}
+"""Names of columns and keys that differ from run to run: times, who wrote it, and digests of lines with times in them."""
 
 DATA = (".png", ".safetensors", ".npy", ".npz")
 LINES = (".jsonl",)
 RECORDS = ("meta.json",)
-LOGS = ("run.log", "results.csv")
 
 
 def lasting(value: Any) -> Any:

@@ -173,7 +173,7 @@ class Sandbox:
         if self._server is not None:
             assert self._server.stdin is not None
             self._server.stdin.close()
-            self._server.wait(10)
+            self._server.wait(120)
 
 
 def remove(path: Path) -> None:
