@@ -144,7 +144,7 @@ def compose(
 def _load_plugins(typed: Sequence[Axis], errors: list[ConfigError]) -> None:
     for path in (value for axis in typed if axis.key == "plugin" for ((_, value),) in axis.points):
         try:
-            if path is not None:
+            if path is not None and str(path):  # an empty one is told with the types
                 load_plugin(Path(str(path)))
         except ConfigError as error:
             errors.append(error)

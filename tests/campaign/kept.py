@@ -11,7 +11,7 @@ from typing import Any
 
 TIMES = {"created_utc", "finished_utc", "seconds_per_image", "seconds", "text_seconds", "load_seconds"}
 TIMES |= {"starts", "command", "git_dirty", "key"}
-"""Names of columns and keys that differ from run to run: times, who wrote it, and digests of lines with times in them."""
+"""Names of columns and keys that differ from run to run: times, who wrote it, digests of lines with times."""
 
 DATA = (".png", ".safetensors", ".npy", ".npz")
 LINES = (".jsonl",)
