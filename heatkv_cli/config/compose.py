@@ -18,7 +18,8 @@ from heatkv_cli.config.plugins import content_of, is_outside, load_plugin
 from heatkv_cli.config.settings import Experiment, Plan, RunConfig, config_hash
 from heatkv_cli.config.sweep import PATH_KEYS, SHORT, Axis, load_experiment, merge, parse_overrides, product, quote
 from heatkv_cli.config.typed import join, show
-from heatkv_cli.errors import ConfigError, did_you_mean, raise_all
+from heatkv_cli.errors import ConfigError, SetupError, did_you_mean, raise_all
+from heatkv_cli.results import check_path
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -144,8 +145,11 @@ def compose(
 def _load_plugins(typed: Sequence[Axis], errors: list[ConfigError]) -> None:
     for path in (value for axis in typed if axis.key == "plugin" for ((_, value),) in axis.points):
         try:
-            if path is not None and str(path):  # an empty one is told with the types
+            if path is not None and str(path):
+                check_path(Path(str(path)))
                 load_plugin(Path(str(path)))
+        except SetupError:
+            pass  # no name of a file, which is told with the types, as an empty one is
         except ConfigError as error:
             errors.append(error)
 

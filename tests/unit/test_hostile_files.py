@@ -128,6 +128,7 @@ def test_an_error_whose_document_finds_no_room(
         (("eval", "seed=" + "{a:" * 1000 + "1" + "}" * 1000), "cannot read the override"),
         (("generate", f"seed={2**63}"), f"seed is {2**63}"),
         (("eval", "--plugin", ""), "plugin is ''"),
+        (("eval", "--plugin", "x" * 5000), "plugin: cannot look at"),
         (("generate", "--weights", "/nonexistent/folder"), "weights: there is no folder"),
     ],
 )
