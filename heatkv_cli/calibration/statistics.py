@@ -1,8 +1,8 @@
 """Attention statistics of a full-cache run, in one pass over the visits: what a `Calibration` is made of.
 
 Exact over all queries, yet no attention matrix is ever whole: probabilities are met in chunks of queries.
-Sources: S-CAS arXiv 2605.14877; column variance arXiv 2504.09261 (3.1); ASI arXiv 2505.19602
-(2.1); row entropy as MEDA uses it (section 4).
+Sources: S-CAS arXiv 2605.14877; column variance arXiv 2504.09261; ASI arXiv 2505.19602; row entropy arXiv
+2502.17599. Formulas: docs/methods.md.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def test_the_keys_of_a_tokenizer(name: str) -> None:
     assert shapes(on_meta(Tokenizer, TOKENIZERS[name])) == wanted
 
 
-# depth, width, heads, FFN width, chunks, pool heads, parameters in millions at 32 token bits (specs/infinity.md 1.1)
+# depth, width, heads, FFN width, chunks, pool heads, parameters in millions at 32 token bits (docs/infinity.md)
 SIZES = {
     "layer12": (12, 768, 8, 3072, 4, 16, 125.2),
     "layer16": (16, 1152, 12, 4608, 4, 16, 361.6),
