@@ -116,8 +116,8 @@ def generate(
       heatkv generate method=heatkv budget=0.1 --limit 16
       heatkv generate method=heatkv budget=0.1 --limit all --shard 0/4    # one of four processes
 
-    Writes OUT/images/NAME/free/*.png and manifest.csv, batch by batch; for benchmark=geneval and hpsv2 also the folder
-    that their original scorers read, OUT/images/NAME/geneval or hpsv2.
+    Writes OUT/images/NAME/free/*.png and manifest.jsonl, batch by batch; for benchmark=geneval and hpsv2 also the
+    folder that their original scorers read, OUT/images/NAME/geneval or hpsv2.
     """
     options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
     options |= {"limit": limit, "shard": shard, "weights": weights, "out": out}
@@ -253,7 +253,7 @@ _FOLLOWS = {"calibrate": "build-schedule", "build-schedule": "generate", "genera
 
 
 def _next_command(plan: Plan) -> str:
-    """The stage that takes up what was made, for the same choices; an experiment as a whole is evaluated."""
+    """Return the stage that takes up what was made, for the same choices; an experiment as a whole is evaluated."""
     if plan.command in _FOLLOWS:
         stage = "eval" if plan.experiment else _FOLLOWS[plan.command]
         following = plan.command_line.replace(f"heatkv {plan.command}", f"heatkv {stage}", 1)

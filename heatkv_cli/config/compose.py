@@ -54,7 +54,7 @@ _MOVED = {"resamples": "bootstrap.resamples", "confidence": "bootstrap.confidenc
 """Keys that metrics had before the bootstrap became the run's."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {"bench": {"runtime.batch_size": 1}}
-"""What a command starts from in place of the YAML files' values: latency is that of one image."""
+"""Values from which a command starts in place of the YAML files': a latency is that of one image."""
 
 DRAWING = ("calibrate", "generate", "eval")
 """Commands that make images."""
@@ -158,7 +158,7 @@ def _distinct(
 
 
 def _work(run: RunConfig, command: str) -> dict[str, Any]:
-    """What tells two pieces of a command's work apart."""
+    """Return everything that tells two pieces of a command's work apart."""
     files = {key: str(getattr(run, key)) for key in ("calibration", "schedule", "orders", "weights")}
     if command not in SWEEPING:
         return {}

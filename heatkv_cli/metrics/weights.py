@@ -42,10 +42,10 @@ class WeightsFile:
 
     Attributes:
         name: its name on disk.
-        source: where it can be had, in words.
+        source: address or place that has it, in words.
         repository: its hub repository, owner/name; '' where the hub has none.
         remote: its path in the repository; '' where that is its name.
-        licence: of the file.
+        licence: licence of the file.
         revision: commit of the repository; None is main.
         sha256: digests of its published forms; empty where none is known.
         bytes: its size; None where it is not known.
@@ -84,7 +84,7 @@ class Wanted:
         file: the published file.
         given: path from the metric's option; None for the usual places.
         folder: the folder that was named for all weights.
-        sha256: what the user says its digest is; None leaves it to the published ones.
+        sha256: digest that the user expects; None leaves it to the published ones.
     """
 
     file: WeightsFile
@@ -245,7 +245,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _has_code(path: Path) -> bool:
-    """Whether this is a zip with TorchScript's constants or code beside the data."""
+    """Return whether this is a zip with TorchScript's constants or code beside the data."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -29,7 +29,7 @@ def inventory(runs: Sequence[RunConfig], ui: Console, deep: bool = False) -> dic
 
     Args:
         runs: one run a model.
-        ui: where the table goes.
+        ui: console that shows the table.
         deep: compare digests as well, which reads everything.
 
     Returns:
@@ -123,7 +123,7 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
 
 
 def hub() -> Any:
-    """The package huggingface_hub: the one place where it is met.
+    """Return the package huggingface_hub, which is imported nowhere else.
 
     Raises:
         SetupError: it is not installed.
@@ -157,7 +157,7 @@ def _ask(
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What the hub raises when it cannot be reached or refuses: its HTTP library's errors are not all OSErrors."""
+    """Return the errors of a hub that cannot be reached or refuses; those of its HTTP library are not all OSErrors."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return (OSError,)
     http = getattr(importlib.import_module("huggingface_hub.errors"), "HTTPError", OSError)
@@ -223,11 +223,11 @@ def _by_hand(files: Sequence[WeightFile]) -> Iterator[str]:
 def download_benchmark(run: RunConfig, ui: Console, dry_run: bool = False, images: bool = False) -> dict[str, Any]:
     """Fetch the prompt list of the run's benchmark to where its YAML looks for it, then read it.
 
-    What is there already is not fetched again, and never replaced.
+    Files that are there are not fetched again, and never replaced.
 
     Args:
         run: its benchmark is meant.
-        ui: for what is planned.
+        ui: console that shows what is planned.
         dry_run: ask nobody, fetch nothing; sizes are those of the YAML.
         images: also the images that the benchmark is compared with.
 
@@ -286,7 +286,7 @@ def _places_of(benchmark: Benchmark, source: OnHub, images: bool) -> dict[str, P
 
 
 def _ask_dataset(label: str, source: OnHub, wanted: dict[str, Path]) -> tuple[int, str]:
-    """The exact size of what is wanted, and the commit it is of."""
+    """Return the exact size of what is wanted, and the commit it is of."""
     try:
         info = hub().HfApi().dataset_info(source.dataset, revision=source.revision, files_metadata=True)
     except _failures() as error:

@@ -53,7 +53,7 @@ class Lacking:
 
 @dataclass
 class Ready:
-    """What was found.
+    """Findings of the preflight.
 
     Args:
         errors: whatever ends the command before it begins.
@@ -86,7 +86,7 @@ def preflight(plan: Plan, resolver: Resolver) -> Ready:
     """Look at everything a plan needs; nothing is written, and no model computes anything.
 
     Args:
-        plan: of the command.
+        plan: the command's plan.
         resolver: remembers what was read, for the run that follows.
     """
     ready = Ready()

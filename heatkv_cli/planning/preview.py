@@ -67,7 +67,7 @@ def _exit_code(ready: Ready) -> int:
 
 
 def _byte_plans(plan: Plan, ready: Ready, resolver: Resolver) -> list[BytePlan | Infeasible | None]:
-    """A plan for each run, or why it cannot exist; runs that differ in nothing but prompts share one."""
+    """Return a plan for each run, or why it cannot exist; runs that differ in nothing but prompts share one."""
     if plan.command == "calibrate":
         return [None] * len(plan.runs)
     found: dict[str, BytePlan | Infeasible | None] = {}
@@ -105,7 +105,7 @@ def _batches(run: RunConfig) -> tuple[int, ...]:
 
 
 def _first_of(plan: Plan, group: str) -> list[RunConfig]:
-    """The first run of each model, or benchmark, of a sweep."""
+    """Return the first run of each model, or benchmark, of a sweep."""
     return list({getattr(run, group).name: run for run in reversed(plan.runs)}.values())[::-1]
 
 

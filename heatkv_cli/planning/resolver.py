@@ -91,7 +91,7 @@ class Resolver:
         return cfg.out / "calibration" / f"{cfg.model.name}-{digest[:8]}" / CALIBRATION, digest
 
     def calibration(self, cfg: RunConfig) -> Calibration | None:
-        """Return a run's calibration: the one it names, else the one made before; None where it is still to be made.
+        """Return a run's calibration: the one it names, else the one made before; None where there is none yet.
 
         Raises:
             ArtifactError: damaged, changed since it was made, or of another model or other weights.
@@ -132,8 +132,8 @@ class Resolver:
         """Return what a run's method works with, for one row; the plan is read where the run names one.
 
         Args:
-            cfg: of the run.
-            calibration: for methods that read one.
+            cfg: the run's config.
+            calibration: the model's, for methods that read one.
 
         Raises:
             ArtifactError: the plan is damaged, or made for another model, method or budget.
@@ -226,7 +226,7 @@ def _given_plan(cfg: RunConfig, setting: Setting, plan_type: type[Plan]) -> Plan
 
 
 def _holds(path: Path, plan: Plan) -> bool:
-    """Whether a file is this very plan; a damaged one is not, and is written again."""
+    """Return whether a file is this very plan; a damaged one is not, and is written again."""
     try:
         return path.exists() and type(plan).load(path).sha256 == plan.sha256
     except ArtifactError:
@@ -261,7 +261,7 @@ def earlier(job: Job) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _complete(job: Job, folder: Path) -> bool:
-    """Whether a run's folder holds every image of every pass that is asked for."""
+    """Return whether a run's folder holds every image of every pass that is asked for."""
     for kind in passes_of(job):
         if not (folder / kind).is_dir():
             return False
@@ -300,7 +300,7 @@ def weight_file(cfg: RunConfig, file: WeightFile) -> Path:
 
 
 def _weights_sha256(files: Mapping[str, Path]) -> str:
-    """One digest for all files of a model, with a text encoder or with its features; `random` without files."""
+    """Return one digest for all files of a model, with a text encoder or with its features; `random` without files."""
     if not files:
         return "random"
     digests = {role: encoder_sha256(path) for role, path in files.items()}

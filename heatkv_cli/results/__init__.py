@@ -1,4 +1,4 @@
-"""What is written: manifests, result rows and meta files, so that a kill at any moment loses nothing.
+"""Files that are written: manifests, result rows and meta files. A kill at any moment loses nothing.
 
 Files, formats and locks only: no tensors, no pandas, no idea of what the numbers mean. Everything above may use this
 package; it imports nothing but `errors`.

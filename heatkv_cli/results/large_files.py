@@ -24,7 +24,7 @@ SETTLED_NS = 2 * 10**9
 
 
 def hub_cache() -> Path:
-    """Folder of the hub's cache, by the environment variables of huggingface_hub."""
+    """Return the folder of the hub's cache, named by the environment variables of huggingface_hub."""
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
             return Path(os.path.expanduser(os.environ[variable]))
@@ -33,7 +33,7 @@ def hub_cache() -> Path:
 
 
 def hub_snapshot(repository: str, revision: str | None = None) -> Path:
-    """Folder of a repository's files in the hub's cache; of no folder where they are not there.
+    """Return the folder of a repository's files in the hub's cache; it does not exist where they are not there.
 
     Args:
         repository: owner/name.
@@ -46,9 +46,11 @@ def hub_snapshot(repository: str, revision: str | None = None) -> Path:
 
 
 def sha256_known(path: Path) -> str:
-    """Digest of a file, read once as long as nothing writes to it; of a large one also by later processes.
+    """Return the digest of a file, which is read once until something writes to it.
 
-    What is remembered belongs to path, inode, size, and the times of the last change of content and of inode. The
+    A large file is read once for all processes.
+
+    A digest is remembered for path, inode, size, and the times of the last change of content and of inode. The
     latter cannot be set back, so a file that was replaced or written to is read again, whatever its date says. Only
     a disk that changes bytes by itself goes unnoticed: `heatkv models --deep` reads everything.
     """

@@ -79,9 +79,9 @@ def parse_lines(path: Path, data: bytes, fields: Fields) -> list[dict[str, Any]]
     """Return the rows of whole lines.
 
     Args:
-        path: where the lines are from, for messages.
+        path: file that the lines are from, for messages.
         data: whole lines.
-        fields: what a line must have.
+        fields: fields that a line must have.
 
     Raises:
         ArtifactError: a line is not a JSON object, or has other fields or types; names the line.

@@ -83,10 +83,11 @@ def test_the_examples_are_whole_and_short() -> None:
         assert len(FILES[name].splitlines()) <= LONGEST, name
 
 
+@pytest.mark.parametrize("command", ["format --diff", "check --quiet"])
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".py")])
-def test_the_examples_are_formatted(name: str) -> None:
-    command = [sys.executable, "-m", "ruff", "format", "--diff", "--stdin-filename", str(ROOT / name), "-"]
-    found = subprocess.run(command, input=FILES[name], capture_output=True, text=True, cwd=ROOT)
+def test_the_examples_pass_our_own_checks(name: str, command: str) -> None:
+    line = [sys.executable, "-m", "ruff", *command.split(), "--stdin-filename", str(ROOT / name), "-"]
+    found = subprocess.run(line, input=FILES[name], capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stdout + found.stderr
 
 

@@ -30,7 +30,8 @@ from tiny_net import FullAttention
 
 # --------------------------------------------------------------------------------------------------------- schedules
 
-# FoundationVision/Infinity @ 4c27bbb, dynamic_resolution.py: portrait ratio, its landscape, tokens and pixels (height, width) at 0.06M, 0.25M, 0.60M, 1M
+# FoundationVision/Infinity @ 4c27bbb, dynamic_resolution.py
+# portrait ratio, its landscape, tokens and pixels (height, width) at 0.06M, 0.25M, 0.60M, 1M
 OFFICIAL = [
     (1.0, None, (521, 2521, 6425, 10521), ((256, 256), (512, 512), (768, 768), (1024, 1024))),
     (1.25, 0.8, (614, 2814, 6854, 10774), ((320, 256), (560, 448), (880, 704), (1120, 896))),

@@ -41,12 +41,12 @@ class OfficialScorer:
     Args:
         package: ``hpsv2`` or ``image-reward``.
         python: path of the Python that has it.
-        options: for the worker: checkpoint and whatever else the package is told.
+        options: checkpoint and whatever else the worker tells the package.
         timeout: seconds to start (weights are read then), and for each picture.
         worker: the script.
 
     Attributes:
-        versions: of the packages that the worker uses.
+        versions: versions of the packages that the worker uses.
 
     Raises:
         SetupError: it does not start, or speaks another protocol.
