@@ -152,10 +152,13 @@ def test_what_grows_is_linear_in_the_batch() -> None:
 
 @pytest.mark.parametrize(
     "look",
-    [lambda visit: visit.view(), lambda visit: visit.column_mass(),
-     lambda visit: visit.attention(torch.tensor([visit.k.shape[2] - 1]))],
+    [
+        lambda visit: visit.view(),
+        lambda visit: visit.column_mass(),
+        lambda visit: visit.attention(torch.tensor([visit.k.shape[2] - 1])),
+    ],
     ids=["view", "all queries", "the last query"],
-)  # fmt: skip
+)
 def test_policies_that_look_at_keys_are_not_rehearsed(look: Callable[[Visit], object]) -> None:
     class Looks(Policy):
         def after_attend(self, visit: Visit) -> tuple[Keep, ...]:

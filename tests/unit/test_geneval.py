@@ -192,8 +192,15 @@ def test_detector_colours_and_judgement_together(files: dict[str, str], tmp_path
     assert len(coloured) == min(number, 16) and {o["class"] for o in coloured} == {present}
 
     # From the lines alone, with files that no longer exist: the same scores; with other constants: others.
-    blind = GenEval(detector_weights="/gone", clip_weights="/gone", detections=str(path), min_score=LEAST,
-                    clip_arch=ARCH, threshold=LEAST, counting_threshold=LEAST)  # fmt: skip
+    blind = GenEval(
+        detector_weights="/gone",
+        clip_weights="/gone",
+        detections=str(path),
+        min_score=LEAST,
+        clip_arch=ARCH,
+        threshold=LEAST,
+        counting_threshold=LEAST,
+    )
     assert [blind.score(sample) for sample in samples] == scores
     assert [blind.score(replace(sample, image=None)) for sample in samples] == scores
     assert rescore(path, blind)[1:] == scores

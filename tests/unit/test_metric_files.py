@@ -116,9 +116,12 @@ def test_pickled_code_is_refused_and_does_not_run(place: str, tmp_path: Path) ->
     else:
         torch.save(content, path, _use_new_zipfile_serialization=place != "legacy")
     metrics = (
-        FID(weights=str(path), min_images=2), LPIPS(weights=str(path)), PDEfficientNetLite0(weights=str(path)),
-        CLIPScore(weights=str(path)), HPS(weights=str(path)),
-    )  # fmt: skip
+        FID(weights=str(path), min_images=2),
+        LPIPS(weights=str(path)),
+        PDEfficientNetLite0(weights=str(path)),
+        CLIPScore(weights=str(path)),
+        HPS(weights=str(path)),
+    )
     with pytest.raises(ArtifactError, match=r"bomb\.pth is not a readable checkpoint"):
         read_checkpoint(path)
     for metric in metrics:
@@ -133,9 +136,11 @@ def test_pickled_code_is_refused_and_does_not_run(place: str, tmp_path: Path) ->
 def test_what_is_no_state_dict(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     for content, text in (
-        ([1, 2], "holds a list"), ({"a": 1}, "not all of its entries are tensors"),
-        ({"state_dict": [1]}, "holds no state dict"), ({"state_dict": {1: torch.zeros(1)}}, "holds no state dict"),
-    ):  # fmt: skip
+        ([1, 2], "holds a list"),
+        ({"a": 1}, "not all of its entries are tensors"),
+        ({"state_dict": [1]}, "holds no state dict"),
+        ({"state_dict": {1: torch.zeros(1)}}, "holds no state dict"),
+    ):
         torch.save(content, path)
         with pytest.raises(ArtifactError, match=text):
             read_state(path)

@@ -175,9 +175,11 @@ def test_official_back_end_is_asked_as_the_worker_expects(
     assert asked[0] == ("hpsv2", "py", {"checkpoint": checkpoint, "release": "v2.1", "device": "cuda:1"}, 600.0)
     assert asked[1][0] == "image-reward" and asked[1][3] == 7
     assert asked[1][2] == {
-        "checkpoint": str(nowhere / "ImageReward.pt"), "med_config": str(nowhere / "med_config.json"), "vocab": None,
+        "checkpoint": str(nowhere / "ImageReward.pt"),
+        "med_config": str(nowhere / "med_config.json"),
+        "vocab": None,
         "device": "cpu",
-    }  # fmt: skip
+    }
     (nowhere / "mine.txt").write_bytes(b"x")
     ImageReward(**known, vocabulary=str(nowhere / "mine.txt")).score(SAMPLE)
     assert asked[2][2]["vocab"] == str(nowhere / "mine.txt")
