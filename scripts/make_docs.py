@@ -71,7 +71,9 @@ def _section(name: str, content: dict[str, Any]) -> str:
     """What the docstring and the YAML file of a method say."""
     kind = load_target(content["_target_"])
     parts = [f"### {name}\n", f"{inspect.getdoc(kind).splitlines()[0]}\n"]
-    parts += [f"**{part}.** {text}\n" for part in ("Rule", "Source", "Differs") if (text := said(kind, part))]
+    for part in ("Rule", "Source", "Differs"):
+        if text := said(kind, part):
+            parts.append(f"**{part}.** {text[0].upper()}{text[1:]}\n")
     rows = list(_parameters(name, content))
     return "\n".join([*parts, *([_markdown(("parameter", "default", "meaning"), rows)] if rows else [])])
 
