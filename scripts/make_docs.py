@@ -73,7 +73,8 @@ def _section(name: str, content: dict[str, Any]) -> str:
     parts = [f"### {name}\n", f"{inspect.getdoc(kind).splitlines()[0]}\n"]
     for part in ("Rule", "Source", "Differs"):
         if text := said(kind, part):
-            parts.append(f"**{part}.** {text[0].upper()}{text[1:]}\n")
+            begin = text[:1] if text.startswith("arXiv") else text[:1].upper()
+            parts.append(f"**{part}.** {begin}{text[1:]}\n")
     rows = list(_parameters(name, content))
     return "\n".join([*parts, *([_markdown(("parameter", "default", "meaning"), rows)] if rows else [])])
 
