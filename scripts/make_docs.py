@@ -17,7 +17,7 @@ from typing import Any
 from heatkv_cli.config.groups import choices, read_yaml
 from heatkv_cli.config.typed import load_target
 from heatkv_cli.methods.base import Method
-from runs import markdown
+from heatkv_cli.report.tables import markdown
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- methods: made by `make docs` -->\n", "<!-- end of methods -->\n"
