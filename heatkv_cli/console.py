@@ -149,6 +149,13 @@ class Console:
                 out.print(printable(line), markup=False, highlight=False, soft_wrap=True)
             sys.stdout.flush()
 
+    def text(self, text: str) -> None:
+        """Print a text that is the outcome of a command to stdout (nothing with `--json`)."""
+        if not self.as_json:
+            with _readers():
+                sys.stdout.write(printable(text))
+                sys.stdout.flush()
+
     def result(self, document: Mapping[str, Any]) -> None:
         """Print the JSON document of a command, when it was asked for; the first one is the only one."""
         if self.as_json and not self._answered:

@@ -15,10 +15,11 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import itertools
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -170,9 +171,9 @@ def find_weights(file: NetworkFile, given: str | None = None, folder: Path | Non
             return path
         raise SetupError(f"weights missing: {path} is not a file", f"{file.name} comes from {file.source}")
     named = dict.fromkeys(Path(os.path.expanduser(place)) for place in (folder, os.environ.get(FOLDER)) if place)
-    cached = (Path(torch.hub.get_dir()) / "checkpoints" / file.name, _in_hub_cache(file))
-    for found in (*(place / file.name for place in named), *cached):
-        if found is not None and os.path.isfile(found):  # noqa: PTH113
+    places = (*(place / file.name for place in named), Path(torch.hub.get_dir()) / "checkpoints" / file.name)
+    for found in itertools.chain(places, _in_hub_cache(file)):
+        if os.path.isfile(found):  # noqa: PTH113
             return found
     raise SetupError(
         f"weights missing: {file.name}; looked at {', '.join((*map(str, named), 'the caches of hubs'))}",
@@ -180,12 +181,12 @@ def find_weights(file: NetworkFile, given: str | None = None, folder: Path | Non
     )
 
 
-def _in_hub_cache(file: NetworkFile) -> Path | None:
-    if not file.repository:
-        return None
-    with contextlib.suppress(OSError):
-        return hub_snapshot(file.repository, file.revision) / (file.remote or file.name)
-    return None
+def _in_hub_cache(file: NetworkFile) -> Iterator[Path]:
+    """The hub is asked last: its package takes most of a second to import."""
+    if file.repository:
+        name = file.remote or file.name
+        with contextlib.suppress(OSError):
+            yield hub_snapshot(file.repository, [name], file.revision) / name
 
 
 def weights_sha256(path: Path) -> str:

@@ -91,7 +91,7 @@ def places(model: str, file: WeightFile, folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         yield from (folder / file.name, folder / model / file.name)
     if file.hub:
-        yield hub_snapshot(file.repository, file.revision) / file.inside
+        yield hub_snapshot(file.repository, file.hub_files, file.revision) / file.inside
     else:
         yield asset(file.name)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from heatkv_cli.models.weights import WeightFile, asset, damage, lacking, places
 from heatkv_cli.results import hub_cache
 
 PRESENT, MISSING, CORRUPT = "present", "missing", "corrupt"
-INSTALL = "pip install 'heatkv[hub]'"
 
 
 def inventory(runs: Sequence[RunConfig], ui: Console, deep: bool = False) -> dict[str, Any]:
@@ -95,8 +93,7 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
         `files`: path in the repository, where it goes, bytes; `bytes`: their sum; `revisions`: repository -> commit.
 
     Raises:
-        SetupError: huggingface_hub is not installed, the hub cannot be reached, or the disk is too small; names the
-            addresses for fetching by hand.
+        SetupError: the hub cannot be reached, or the disk is too small; names the addresses for fetching by hand.
     """
     model, target = run.model.name, run.weights or hub_cache()
     states = {file.name: record(run, file, deep=False)["state"] for file in run.model.weights.files}
@@ -104,8 +101,6 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
     if not wanted:
         ui.say(f"model {model}: nothing to fetch, all files are there")
         return {"model": model, "files": [], "bytes": 0, "revisions": {}}
-    if not dry_run:
-        hub()  # told before anything is asked of it
     commits, sizes = ({}, {}) if dry_run else _ask(model, wanted, target)
     plan = [
         {"repository": file.repository, "path": path, "bytes": sizes.get((file.repository, path))}
@@ -123,13 +118,7 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
 
 
 def hub() -> Any:
-    """Return the package huggingface_hub, which is imported nowhere else.
-
-    Raises:
-        SetupError: it is not installed.
-    """
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise SetupError("heatkv download needs the package huggingface_hub, which is not installed", INSTALL)
+    """The package huggingface_hub, imported on the first download."""
     return importlib.import_module("huggingface_hub")
 
 
@@ -157,9 +146,7 @@ def _ask(
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """Return the errors of a hub that cannot be reached or refuses; those of its HTTP library are not all OSErrors."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        return (OSError,)
+    """What the hub raises when it cannot be reached or refuses: its HTTP library's errors are not all OSErrors."""
     http = getattr(importlib.import_module("huggingface_hub.errors"), "HTTPError", OSError)
     return (OSError, http)
 
@@ -253,8 +240,6 @@ def download_benchmark(run: RunConfig, ui: Console, dry_run: bool = False, image
             )
         ui.say(f"{label}: nothing to fetch, {len(benchmark.load())} prompts are there")
         return {"benchmark": benchmark.name, "files": [], "bytes": 0, "revisions": {}}
-    if not dry_run:
-        hub()
     if dry_run:
         total, revisions = source.bytes * (set(wanted) != {source.images}), {}
         total += source.images_bytes * (source.images in wanted)

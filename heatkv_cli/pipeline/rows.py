@@ -22,7 +22,7 @@ from heatkv_cli.pipeline.measure import Measured, metric_rows
 from heatkv_cli.pipeline.passes import CHOSEN
 from heatkv_cli.planning.job import FORCED, Infeasible, metrics_of
 from heatkv_cli.results import (
-    Fields,
+    SCORE_FIELDS,
     encode_lines,
     environment,
     locked,
@@ -35,15 +35,6 @@ from heatkv_cli.results import (
 
 if TYPE_CHECKING:
     from heatkv_cli.pipeline.evaluate import Evaluated
-
-SCORE_FIELDS: Fields = {
-    "image_id": str,
-    "metric": str,
-    "value": float | str,
-    "stratum": str,
-    "note": str,
-}
-"""A line of a run's `scores.jsonl`: one image's number of one metric; infinities are texts."""
 
 COSTS = ("beta_live", "beta_alloc", "beta_work", "beta_meta", "attended_tokens", "attended_ratio", "seconds_per_image")
 """Columns about bytes, tokens and seconds, the same in all rows of a run."""

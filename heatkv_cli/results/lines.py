@@ -39,6 +39,15 @@ MANIFEST_FIELDS: Fields = {
 }
 """A line of `manifest.jsonl`: one image of a pass. `numbers`: what the pass recorded for it (KL per bit, ...)."""
 
+SCORE_FIELDS: Fields = {
+    "image_id": str,
+    "metric": str,
+    "value": float | str,
+    "stratum": str,
+    "note": str,
+}
+"""A line of a run's `scores.jsonl`: one image's number of one metric; infinities are texts."""
+
 FILE_FIELDS: tuple[tuple[str, str], ...] = (("file", "sha256"), ("trace", "trace_sha256"))
 """Fields that name a file in the folder, each with the field of its sha256."""
 

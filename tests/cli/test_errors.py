@@ -137,7 +137,7 @@ def test_unreadable_prompts(tmp_path: Path, capsys: Capture) -> None:
 
 def test_weights_that_are_not_there(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HEATKV_WEIGHTS_DIR", raising=False)
-    monkeypatch.setenv("HF_HUB_CACHE", "/no/cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/no/cache")
     fix = "heatkv download infinity-2b, or put it into a folder named by --weights DIR or HEATKV_WEIGHTS_DIR"
     said = check(capsys, ["eval", "model=infinity-2b", "--dry-run"], 3, fix, "looked at /no/cache/models--Foundation")
     assert said.count("error: ") == 3  # transformer, tokenizer, text encoder

@@ -327,7 +327,7 @@ def test_relation_that_does_not_exist() -> None:
 
 def test_missing_weights_name_the_file_and_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(SetupError, match=r"weights missing: mask2former_swin-s.*743b7d99\.pth") as caught:
         GenEval().score(ask("single_object", {"class": "cat", "count": 1}))
     assert "openmmlab" in caught.value.hint and "HEATKV_WEIGHTS_DIR" in caught.value.hint

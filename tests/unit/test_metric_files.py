@@ -43,8 +43,8 @@ SAMPLE = Sample("a", "a cat", image=picture(0), reference=picture(1))
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty machine: no caches, one folder of weights."""
-    for variable in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"):
-        monkeypatch.setenv(variable, str(tmp_path / "nothing"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "nothing"))
     folder = tmp_path / "weights"
     folder.mkdir()
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", str(folder))
@@ -199,7 +199,7 @@ def test_a_published_file_has_its_content_and_a_given_one_may_be_any(nowhere: Pa
 
 
 def test_files_of_the_hub_are_those_of_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     digest = hashlib.sha256(b"right").hexdigest()
     file = NetworkFile("net.pt", "the hub", "owner/name", "sub/net.pt", revision="c" * 40, sha256=(digest,))
     folder = tmp_path / "hub" / "models--owner--name"
@@ -223,7 +223,7 @@ def test_a_given_path_that_is_no_file(given: str) -> None:
 @pytest.mark.parametrize("folder", ["x" * 300, "~nosuchuser"])
 def test_folders_that_cannot_be(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", folder)
-    monkeypatch.setenv("HF_HUB_CACHE", folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", folder)
     with pytest.raises(SetupError, match="weights missing"):
         HPS().digest()
 

@@ -33,7 +33,7 @@ SAMPLE = Sample("00000", "a cat", image=PICTURE)
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("heatkv_cli.metrics.weights._in_hub_cache", lambda file: None)
+    monkeypatch.setattr("heatkv_cli.metrics.weights._in_hub_cache", lambda file: ())
     return tmp_path
 
 
