@@ -18,9 +18,10 @@ import pytest
 import typer
 
 import heatkv_cli
-from heatkv_cli.cli import stages  # noqa: F401 - importing the package registers all commands
 from heatkv_cli.cli.app import app
+from heatkv_cli.cli.stages import _next_command
 from heatkv_cli.config import choices, compose
+from heatkv_cli.config.groups import conf_dir
 from heatkv_cli.errors import Errors, HeatKVError
 
 ROOT = Path(heatkv_cli.__file__).parent
@@ -289,3 +290,40 @@ def _meant(words: list[str], error: HeatKVError) -> list[str]:
             f"{near[1]}={word.partition('=')[2]}" for word in words if f"'{word.partition('=')[0]}'" in error.message
         ]
     return [f"{word.partition('=')[0]}={near[1]}" for word in words if word in error.message]
+
+
+LAUNCHES = sorted(
+    (line.removeprefix("# heatkv "), path.name)
+    for path in conf_dir().rglob("*.yaml")
+    for line in path.read_text(encoding="utf-8").splitlines()
+    if line.startswith("# heatkv ")
+)
+
+
+@pytest.mark.parametrize(("words", "place"), LAUNCHES, ids=lambda item: item)
+def test_the_launch_line_of_a_yaml_file_is_taken(words: str, place: str) -> None:
+    assert parses(shlex.split(words, comments=True)), f"{place}: heatkv {words}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "following"),
+    [
+        ("calibrate", "build-schedule budget=0.1"),
+        ("calibrate method=hack", "generate method=hack budget=0.1"),
+        ("calibrate method=full", "generate method=full"),
+        ("calibrate method=heatkv budget=0.2", "build-schedule method=heatkv budget=0.2"),
+        (
+            "calibrate benchmark=shapes-calibration-b",
+            "build-schedule calibration_prompts=shapes-calibration-b budget=0.1",
+        ),
+        ("build-schedule budget=0.2", "generate budget=0.2"),
+        ("generate method=sinks budget=0.2", "eval method=sinks budget=0.2"),
+    ],
+)
+def test_the_next_command_can_be_typed(typed: str, following: str) -> None:
+    command, *words = typed.split()
+    told = _next_command(compose(words, command=command))
+    assert told == f"heatkv {following}"
+    after, *words = following.split()
+    plan = compose(words, command=after)
+    assert after != "build-schedule" or all(run.method.object.plan_type is not None for run in plan.runs)
