@@ -143,6 +143,7 @@ def test_methods_and_metrics_are_built_before_any_work(more: list[str], tmp_path
         ("model.params._target_=os._exit", "unknown key 'model.params._target_'"),
         ("method.target=os._exit", "unknown key 'method.target'"),
         ("method=HeatKV", "did you mean 'heatkv'?"),
+        ("model.dtype=bfloat16", "a bundled model computes in float32"),
         ("model=infinity-2b benchmark=shapes", "means nothing"),
     ],
     ids=lambda text: text[:60],
