@@ -246,3 +246,13 @@ def test_an_interrupt_keeps_and_shows_what_is_known(tmp_path: Path) -> None:
     assert all(row["value"] and row["status"] == "ok" for row in known)
     assert known[0]["method"] in said
     assert "next: heatkv eval" in warned
+
+
+def test_a_schedule_of_another_method_or_budget_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    command = ["build-schedule", "method=random", "budget=0.1", "--out", str(tmp_path), "--json"]
+    assert run(command) == 0, capsys.readouterr().err
+    schedule = f"schedule={json.loads(capsys.readouterr().out)['path']}"
+    for method, budget, words in (("heatkv", "0.1", "built for method random"), ("random", "0.5", "built for budget")):
+        document = evaluate(capsys, tmp_path, f"method={method}", f"budget={budget}", schedule, "limit=2", code=4)
+        assert words in str(document["errors"])
+    assert not (tmp_path / "images").exists()
