@@ -361,8 +361,8 @@ def _is_number(value: Any) -> bool:
 
 
 def show(value: Any) -> str:
-    """Return a value for a table: four significant digits, a dash for None."""
-    if value is None:
+    """Return a value for a table: four significant digits, a dash where there is no number."""
+    if value is None or value != value:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"

@@ -346,7 +346,8 @@ def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigErr
             node = node[part]
     if isinstance(node[last], dict) and not isinstance(value, dict):
         below = [f"{key}.{name}" for name in node[last] if name not in _FIXED]
-        errors.append(ConfigError(f"'{key}' is a group of keys, not a value", f"set one of: {', '.join(below)}"))
+        hint = f"set one of: {', '.join(below)}" if below else f"{last} has no parameters: leave {key} away"
+        errors.append(ConfigError(f"'{key}' is a group of keys, not a value", hint))
     elif isinstance(node[last], dict) or (isinstance(node[last], str) and last == "resolutions"):
         errors.append(ConfigError(f"'{key}' cannot be set as a whole", f"set single keys below {key}"))
     else:

@@ -149,7 +149,7 @@ class Wanted:
         if expected and (found := weights_sha256(path)) not in expected:
             raise ArtifactError(
                 f"{path} has sha256 {found[:8]}..., {self.file.name} should have {expected[0][:8]}...",
-                "fetch it again; an option of the metric (weights=PATH) takes another file on purpose",
+                "fetch it again; the metric's key for its weights takes another file on purpose",
             )
         return path
 

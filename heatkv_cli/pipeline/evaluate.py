@@ -47,6 +47,7 @@ class Evaluated:
         job: the run.
         full: the run it is compared with; None for that one itself.
         costs: bytes, tokens and seconds, the median over batches; empty where this shard has no images.
+        made: images that recorded them; fewer than asked for where other shards make the others.
         measured: outcome of each metric so far.
         error: why the run failed; None where it did not.
     """
@@ -54,6 +55,7 @@ class Evaluated:
     job: Job
     full: Evaluated | None
     costs: dict[str, float] = field(default_factory=dict)
+    made: int = 0
     measured: dict[str, Measured] = field(default_factory=dict)
     error: HeatKVError | None = None
 
@@ -187,7 +189,7 @@ def _pass_all(item: Evaluated, models: Models, ui: Console) -> None:
     needed = dict.fromkeys((FREE, *(metric.spec.needs for metric in item.metrics.values())))
     for kind in (kind for kind in needed if kind != FORCED):
         run_pass(item.job, kind, models, ui, None if kind == FREE or full is None else full.job)
-    item.costs = _costs(item.job)
+    item.costs, item.made = _costs(item.job)
 
 
 def _forced(item: Evaluated) -> bool:
@@ -259,21 +261,22 @@ def _full_statistics(full: Job, ui: Console, metric: SetMetric) -> Any:
     return statistics_of(metric, items_of_pass(full, FREE, None), full.folder / "features", ui, {}, full.cfg.shard)
 
 
-def _costs(job: Job) -> dict[str, float]:
-    """Return the median over the batches that recorded a number: bytes and tokens are the same in all of them.
+def _costs(job: Job) -> tuple[dict[str, float], int]:
+    """Return the median over the batches that recorded a number, and the images of these batches that are asked for.
 
-    The first batch alone knows beta_work, and the others the time; one batch alone has no time.
+    Bytes and tokens are the same in all batches. The first one alone knows beta_work, and the others the time; one
+    batch alone has no time.
     """
     folder = RunFolder.reading(job.folder / FREE)
     rows = [row for image in job.shown if (row := folder.row(image.image_id))]
     recorded = [row["numbers"] or {} for row in {row["batch"]: row for row in rows}.values()]
     if not recorded:
-        return {}
+        return {}, 0
     try:
         known: dict[str, list[float]] = defaultdict(list)
         for key, value in (item for numbers in recorded for item in numbers.items()):
             known[key].append(float(value))
-        return {key: statistics.median(values) for key, values in known.items()}
+        return {key: statistics.median(values) for key, values in known.items()}, len(rows)
     except (TypeError, ValueError) as error:
         raise ArtifactError(
             f"{folder.manifest}: the recorded numbers were changed ({error})", f"remove {folder.path}"

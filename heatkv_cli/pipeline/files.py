@@ -108,7 +108,12 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
         for path in file.hub_files
     ]
     total = sum(file.bytes or 0 for file in wanted) if dry_run else sum(size or 0 for size in sizes.values())
-    ui.table(("file", "licence", "from"), [[file.name, file.licence, url] for file in wanted for url in file.urls])
+    rows = [
+        [file.name, size_text(file.bytes) if file.bytes and number == 0 else "", file.licence, url]
+        for file in wanted
+        for number, url in enumerate(file.urls)
+    ]
+    ui.table(("file", "size", "licence", "from"), rows)
     ui.say(f"model {model}: {size_text(total)} to {target}")
     if not dry_run:
         _check_disk(total, target, "name another folder with --weights DIR")

@@ -95,14 +95,19 @@ class Table:
 
     def costs(self, item: Evaluated) -> None:
         """Write the rows about a run's time, where it is known."""
+        asked = len(item.job.shown)
+        whole = (
+            {} if item.made == asked else {"status": "partial", "reason": f"{item.made} of {asked} images are there"}
+        )
         rows = [
             {
                 **self._common(item),
+                **whole,
                 "metric": f"{stage}_share",
                 "metric_version": "1",
                 "variant": "",
                 "value": item.costs[f"{stage}_share"],
-                "n": len(item.job.shown),
+                "n": item.made,
                 "unit": "fraction of the time",
                 "higher_is_better": False,
             }
@@ -344,6 +349,11 @@ def summary(item: Evaluated) -> dict[str, Any]:
         "parameters": dict(cfg.method.params),
         "budget": cfg.budget.slug,
         "seed": cfg.seed,
+        "seed_mode": cfg.seed_mode,
+        "dtype": cfg.model.dtype,
+        "preset": cfg.model.preset,
+        "model_parameters": dict(cfg.model.params),
+        "benchmark_parameters": dict(cfg.benchmark.params),
         "sampling": asdict(cfg.model.sampling),
         "runtime": cfg.runtime.identity(),
         "asked": len(item.job.shown),

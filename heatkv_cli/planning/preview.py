@@ -161,7 +161,8 @@ def kv_bytes(run: RunConfig) -> tuple[int, int]:
 
 def _headline(plan: Plan) -> str:
     models = ", ".join(f"{run.model.name} at {run.model.shape_label}" for run in _first_of(plan, "model"))
-    benchmarks = ", ".join(run.benchmark.name for run in _first_of(plan, "benchmark"))
+    group = "calibration_prompts" if plan.command == "calibrate" else "benchmark"
+    benchmarks = ", ".join(getattr(run, group).name for run in _first_of(plan, group))
     where = f"{models}, {benchmarks}, batches of {plan.first.runtime.batch_size} on {plan.first.runtime.torch_device}"
     name = plan.experiment.title or plan.experiment.name if plan.experiment else plan.command
     return f"{name}: {where} ({len(plan.runs)} {'run' if len(plan.runs) == 1 else 'runs'})"

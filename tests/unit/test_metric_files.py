@@ -194,7 +194,7 @@ def test_a_published_file_has_its_content_and_a_given_one_may_be_any(nowhere: Pa
     found.write_bytes(backbones["alex"].read_bytes())
     with pytest.raises(ArtifactError, match=r"alexnet-owt-7be5be79\.pth should have 7be5be79") as caught:
         LPIPS().score(SAMPLE)
-    assert "weights=PATH" in caught.value.hint
+    assert "key for its weights" in caught.value.hint
     assert LPIPS(weights=str(found)).score(SAMPLE).value > 0
 
 
@@ -292,7 +292,9 @@ def test_workers_of_official_packages_end_with_release(tmp_path: Path) -> None:
         "import json, sys\nprint(json.dumps({'ready': 'hpsv2', 'protocol': 1, 'versions': {}}), flush=True)\n"
         "sys.stdin.read()"
     )
-    process = networks.loaded("worker", lambda: OfficialScorer("hpsv2", sys.executable, {}, 20, script))._process
+    process = networks.loaded(
+        "worker", lambda: OfficialScorer("hpsv2", sys.executable, {}, 20, "metric.hps_v21", script)
+    )._process
     assert process.poll() is None
     networks.release()
     assert process.poll() == 0

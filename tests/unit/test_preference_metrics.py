@@ -172,7 +172,8 @@ def test_official_back_end_is_asked_as_the_worker_expects(
     assert (score.value, score.note) == (50, "hpsv2 1.2.0, torchvision 0.16")
     assert ImageReward(**known, timeout=7).score(SAMPLE).value == 0.5
     checkpoint = str(nowhere / "HPS_v2.1_compressed.pt")
-    assert asked[0] == ("hpsv2", "py", {"checkpoint": checkpoint, "release": "v2.1", "device": "cuda:1"}, 600.0)
+    options = {"checkpoint": checkpoint, "release": "v2.1", "device": "cuda:1"}
+    assert asked[0] == ("hpsv2", "py", options, 600.0, "metric.hps_v21")
     assert asked[1][0] == "image-reward" and asked[1][3] == 7
     assert asked[1][2] == {
         "checkpoint": str(nowhere / "ImageReward.pt"),
