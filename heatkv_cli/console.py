@@ -197,7 +197,14 @@ class Console:
 
     def _fail(self, outcome: Outcome, code: int, errors: list[dict[str, str]]) -> None:
         outcome.code = code
-        self.result({"status": "error", "exit_code": code, "errors": errors})
+        self.failed(code, errors)
+
+    def failed(self, code: int, errors: list[dict[str, str]]) -> None:
+        """Print the JSON document of a command that failed; a stdout that cannot be written to is told, no more."""
+        try:
+            self.result({"status": "error", "exit_code": code, "errors": errors})
+        except SetupError as error:
+            self.error(error)
 
     def _bug(self, error: Exception, outcome: Outcome) -> None:
         """Three lines on the screen, the trace in run.log."""

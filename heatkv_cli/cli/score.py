@@ -9,12 +9,12 @@ from typing import Annotated, Optional
 import typer
 
 from heatkv_cli import interrupts
-from heatkv_cli.cli.app import app
+from heatkv_cli.cli.app import command
 from heatkv_cli.cli.options import Debug, Json, Out, Overrides, Quiet, Verbose, Weights
 from heatkv_cli.errors import PartialResultError
 
 
-@app.command()
+@command()
 def score(
     overrides: Overrides = None,
     images: Annotated[

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from heatkv_cli import interrupts
-from heatkv_cli.cli.app import app
+from heatkv_cli.cli.app import command as register
 from heatkv_cli.cli.options import FLAGS, SETTINGS, Overrides
 from heatkv_cli.errors import PartialResultError
 
@@ -44,7 +44,7 @@ def stage(command: str, *settings: str) -> Callable[[Callable[[], None]], Callab
             ]
         )
         run.__annotations__, run.__doc__ = hints, documented.__doc__
-        app.command(command)(run)
+        register(command)(run)
         return documented
 
     return add

@@ -136,7 +136,10 @@ def resolved(runtime: RuntimeConfig) -> RuntimeConfig:
 def _check_model_params(model: ModelConfig, errors: list[ConfigError]) -> None:
     """Check the arguments of the model's factory by their types and sizes."""
     own = {field.name for field in dataclasses.fields(model)} | {"geometry", "files", "device"}
+    before = len(errors)
     check_arguments(load_target(model.target), model.params, "model.params", own, errors)
+    if len(errors) > before:  # a wrong type is told once, and not as a size too
+        return
     for key, value in _numbers(model.params, "model.params"):
         if not math.isfinite(value) or abs(value) > MOST["params"]:
             errors.append(ConfigError(f"{key} is {show(value)}", f"a number up to {MOST['params']:,}"))
@@ -177,8 +180,13 @@ def _leaf(cls: type[Any], content: Mapping[str, Any]) -> dict[str, Any]:
     """Sort the keys of a leaf's YAML: those the dataclass knows, and all others as `params` of its target."""
     fields = {field.name for field in dataclasses.fields(cls)} - {"params", "object"}
     content = _renamed(content)
-    known = {key: str(value) if key == "version" else value for key, value in content.items() if key in fields}
+    known = {key: _version(value) if key == "version" else value for key, value in content.items() if key in fields}
     return {**known, "params": {key: value for key, value in content.items() if key not in fields}}
+
+
+def _version(value: Any) -> Any:
+    """A version is a text, and may be typed as a number."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def _limit(value: Any, errors: list[ConfigError]) -> int | None:

@@ -96,7 +96,8 @@ def _parse(text: str) -> Axis:
             values = [parser.parse_override(f"{key}={item}").value() for item in items]
         else:
             values = [override.value()]
-    except (HydraException, ValueError, ArithmeticError, TypeError) as error:  # range(0,3,0), a number of 5,000 digits
+    except (HydraException, ValueError, ArithmeticError, TypeError, RecursionError) as error:
+        # range(0,3,0), a number of 5,000 digits, a thousand brackets
         key, _, value = text.partition("=")
         if key in PATH_KEYS:  # a path with a tilde or a blank, as shells hand it over
             return Axis(key, (((key, value),),))

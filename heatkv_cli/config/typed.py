@@ -21,6 +21,9 @@ from heatkv_cli.errors import ConfigError, did_you_mean, raise_all
 
 T = TypeVar("T")
 
+MOST_WHOLE = 2**63 - 1
+"""The largest whole number that tensors and files can hold."""
+
 _MISSING = object()
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -103,6 +106,9 @@ def _convert(value: Any, hint: Any, where: str, errors: list[ConfigError]) -> An
         return Path(os.path.expanduser(value)) if isinstance(value, (str, Path)) and str(value) else _MISSING
     if hint is float:
         return _number(value, where, errors)
+    if type(value) is int and hint is int and abs(value) > MOST_WHOLE:
+        errors.append(ConfigError(f"{where} is {show(value)}", f"it must be a whole number up to {MOST_WHOLE:,}"))
+        return None
     if hint in (int, str, bool, type(None)):
         return value if type(value) is hint else _MISSING
     return value  # Any, protocols, tensors: whoever uses it knows better

@@ -119,6 +119,8 @@ def find_file(model: str, file: WeightFile, folder: Path | None, package: bool =
     if not there:
         raise missing(model, file, where, package)
     found = there[0]  # a folder that lacks a part may be of another format: its loader knows
+    if not (found.is_file() or found.is_dir()):
+        raise ArtifactError(f"model {model}: {found} is neither a file nor a folder", "put the file itself there")
     if verify and file.sha256 and sha256_path(found) != file.sha256:
         own = "" if package else ", or set model.weights.verify=false for weights of your own"
         raise ArtifactError(f"model {model}: {found} is not the file the config names (sha256)", f"fetch it again{own}")

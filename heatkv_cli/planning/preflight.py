@@ -233,7 +233,7 @@ def _check_output(plan: Plan, ready: Ready) -> None:
     """A folder that can be written, with room, and files that are ours."""
     out = plan.first.out.absolute()
     existing = out
-    while not existing.exists() and existing != existing.parent:
+    while not os.path.lexists(existing) and existing != existing.parent:  # a link to nothing is there, and no folder
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         ready.errors.append(SetupError(f"cannot write to {out}", "choose another folder with --out DIR"))

@@ -101,11 +101,11 @@ class RunFolder:
             remove_leftovers(folder)
         data = self._read(self.manifest) if self.manifest.exists() else b""
         end = whole_lines(data)
+        self._mine = self._load(self.manifest, data[:end])  # what is no manifest is refused before it is touched
         if not self.manifest.exists():
             self._rewrite()
         elif end < len(data):
             os.truncate(self.manifest, end)
-        self._mine = self._load(self.manifest, data[:end])
         for other in self._other_manifests():
             self._take(self._others, other)
         if not self._tag:

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -42,10 +43,11 @@ def hub_snapshot(repository: str, files: Sequence[str], revision: str | None = N
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.file_download import repo_folder_name
 
-    for name in files:
-        found = try_to_load_from_cache(repository, name, cache_dir=hub_cache(), revision=revision)
-        if isinstance(found, str):
-            return Path(found).parents[len(PurePosixPath(name).parts) - 1]
+    with suppress(ValueError):  # a damaged reference names no snapshot
+        for name in files:
+            found = try_to_load_from_cache(repository, name, cache_dir=hub_cache(), revision=revision)
+            if isinstance(found, str):
+                return Path(found).parents[len(PurePosixPath(name).parts) - 1]
     folder = repo_folder_name(repo_id=repository, repo_type="model")
     return hub_cache() / folder / "snapshots" / (revision or "main")
 
