@@ -81,7 +81,7 @@ def typed_run(plain: dict[str, Any], errors: list[ConfigError]) -> RunConfig | N
 
 
 def _leaves() -> dict[str, tuple[type, type]]:
-    """The leaves of a run, each with its config dataclass and what it must build."""
+    """Return the leaves of a run, each with its config dataclass and what it must build."""
     from heatkv_cli.benchmarks.base import Benchmark
     from heatkv_cli.methods.base import Method
 
@@ -207,7 +207,7 @@ def _shard(value: Any, errors: list[ConfigError]) -> tuple[int, int]:
 
 
 def _memory(value: Any, errors: list[ConfigError]) -> int | None:
-    """Bytes from a number and a unit: 24GiB, 80GB, 16e9."""
+    """Return the bytes of a number and a unit: 24GiB, 80GB, 16e9."""
     if value is None:
         return None
     found = re.fullmatch(r"([\d.]{1,30}(?:e\d{1,2})?)\s*(?:([KMGT])(i?))?B?", str(value), re.IGNORECASE)
@@ -304,7 +304,7 @@ def _sampling(model: ModelConfig, errors: list[ConfigError]) -> Any:
 
 
 def untrained(model: ModelConfig) -> ConfigError | None:
-    """The error of a model that shall make images at a resolution it was not trained for, unless that is forced."""
+    """Return an error for images at a resolution that the model was not trained for, unless that is forced."""
     if not model.untrained or model.force_resolution:
         return None
     known = ", ".join(model.trained_at)

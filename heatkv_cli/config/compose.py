@@ -57,7 +57,7 @@ _MOVED = {"resamples": "bootstrap.resamples", "confidence": "bootstrap.confidenc
 """Keys that metrics had before the bootstrap became the run's."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {"bench": {"runtime.batch_size": 1}}
-"""What a command starts from in place of the YAML files' values: latency is that of one image."""
+"""Values from which a command starts in place of the YAML files': a latency is that of one image."""
 
 DRAWING = ("calibrate", "generate", "eval")
 """Commands that make images."""
@@ -182,7 +182,7 @@ def _distinct(
 
 
 def _work(run: RunConfig, command: str) -> dict[str, Any]:
-    """What tells two pieces of a command's work apart."""
+    """Return everything that tells two pieces of a command's work apart."""
     files = {key: str(getattr(run, key)) for key in ("calibration", "schedule", "orders", "weights")}
     if command not in SWEEPING:
         return {}
@@ -388,7 +388,8 @@ def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigErr
             node = node[part]
     if isinstance(node[last], dict) and not isinstance(value, dict):
         below = [f"{key}.{name}" for name in node[last] if name not in _FIXED]
-        errors.append(ConfigError(f"'{key}' is a group of keys, not a value", f"set one of: {', '.join(below)}"))
+        hint = f"set one of: {', '.join(below)}" if below else f"{last} has no parameters: leave {key} away"
+        errors.append(ConfigError(f"'{key}' is a group of keys, not a value", hint))
     elif isinstance(node[last], dict) or (isinstance(node[last], str) and last == "resolutions"):
         errors.append(ConfigError(f"'{key}' cannot be set as a whole", f"set single keys below {key}"))
     else:

@@ -1,4 +1,4 @@
-"""Where the YAML files are and what they say about themselves: for `ls`, completion and did-you-mean.
+"""The YAML files and what they say about themselves, for `ls`, completion and did-you-mean.
 
 Only listing and plain reading: no composition, and no import that makes `heatkv --help` or a completion slow.
 """
