@@ -122,14 +122,6 @@ def compose(
     runs = _distinct(points, command, errors)
     if command in DRAWING:
         errors += [refused for run in runs if (refused := untrained(run.model))]
-    if "weights" in named and command != "download":  # which makes the folder
-        errors += [
-            ConfigError(
-                f"weights: there is no folder {show(str(folder))}", "--weights DIR holds files of models, metrics"
-            )
-            for run in runs
-            if (folder := run.weights_folder) is not None and not folder.is_dir()
-        ]
     raise_all(errors)
     if not runs:
         raise ConfigError("there is nothing to run", "an axis of the sweep is empty")
@@ -145,11 +137,11 @@ def compose(
 def _load_plugins(typed: Sequence[Axis], errors: list[ConfigError]) -> None:
     for path in (value for axis in typed if axis.key == "plugin" for ((_, value),) in axis.points):
         try:
-            if path is not None and str(path):
-                check_path(Path(str(path)))
-                load_plugin(Path(str(path)))
+            if isinstance(path, str) and path:  # anything else is told with the types
+                check_path(Path(path))
+                load_plugin(Path(path))
         except SetupError:
-            pass  # no name of a file, which is told with the types, as an empty one is
+            pass  # and so is what is no name of a file
         except ConfigError as error:
             errors.append(error)
 

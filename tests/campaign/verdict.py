@@ -126,7 +126,7 @@ class Judge:
         pictures = {
             (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
             for path in out.rglob("*.png")
-            if path.is_file() and "calibration" not in path.parts
+            if path.is_file() and path.resolve().is_relative_to(out) and "calibration" not in path.parts
         }
         document = _document(ended.stdout) if "--json" in case.argv and not case.stdout else None
         return {"code": ended.code, "pictures": pictures, "rows": set(_rows(out)), "document": _lasting(document)}
