@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from heatkv_cli.cli import run
 from heatkv_cli.config import choices, compose
 
 Capture = pytest.CaptureFixture[str]
+Call = Callable[..., dict[str, Any]]
 EXPERIMENT = [
     "eval",
     "experiment=methods-tiny",
@@ -30,17 +31,11 @@ SMALL = {"window", "heatkv"}
 """Those that can live on 1 % of tiny's cache: one token a head."""
 
 
-def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
-    assert run([*arguments, "--json"]) == code, capsys.readouterr().err
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return document
-
-
-def test_all_methods_in_one_table(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_methods_in_one_table(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     out = str(tmp_path / "out")
-    planned = call(capsys, *EXPERIMENT, "--out", out, "--dry-run", code=6)
+    planned = call(*EXPERIMENT, "--out", out, "--dry-run", code=6)
     assert not Path(out).exists()
-    document = call(capsys, *EXPERIMENT, "--out", out, code=6)
+    document = call(*EXPERIMENT, "--out", out, code=6)
     assert planned["infeasible"] == document["infeasible"]
     assert len(planned["runs"]) == len(document["runs"])
     assert all(one["byte_plan"] for one in planned["runs"])
@@ -64,7 +59,7 @@ def test_all_methods_in_one_table(tmp_path: Path, capsys: Capture, monkeypatch: 
     assert {row["metric"] for row in ok} >= {"kl", "psnr", "shapes", "policy_share"}
 
     before = {path: path.stat().st_mtime_ns for path in Path(out).rglob("*.png")}
-    again = call(capsys, *EXPERIMENT, "--out", out, code=6)
+    again = call(*EXPERIMENT, "--out", out, code=6)
     assert before == {path: path.stat().st_mtime_ns for path in Path(out).rglob("*.png")}, "made twice"
     assert again["runs"] == document["runs"]
 
@@ -84,12 +79,12 @@ def test_all_methods_in_one_table(tmp_path: Path, capsys: Capture, monkeypatch: 
     assert "heatkv - this, kl" in lines[0]
 
 
-def test_a_sweep_of_which_nothing_can_exist_is_an_error(tmp_path: Path, capsys: Capture) -> None:
-    document = call(capsys, "eval", "method=snapkv,heatkv", "budget=0.002", "--out", str(tmp_path), code=2)
+def test_a_sweep_of_which_nothing_can_exist_is_an_error(tmp_path: Path, call: Call) -> None:
+    document = call("eval", "method=snapkv,heatkv", "budget=0.002", "--out", str(tmp_path), code=2)
     assert len(document["errors"]) == 2
     assert all("smallest feasible" in error["error"] for error in document["errors"])
     words = ["eval", "method=snapkv,heatkv", "budget=0.002", "--out", str(tmp_path), "--dry-run"]
-    assert call(capsys, *words, code=2) == document
+    assert call(*words, code=2) == document
 
 
 def test_a_dry_run_says_what_is_left_out_and_bench_refuses_it(capsys: Capture, tmp_path: Path) -> None:
@@ -104,9 +99,9 @@ def test_a_dry_run_says_what_is_left_out_and_bench_refuses_it(capsys: Capture, t
     assert f"error: {reason}" in capsys.readouterr().err
 
 
-def test_a_dry_run_tells_first_what_is_missing(capsys: Capture, tmp_path: Path) -> None:
+def test_a_dry_run_tells_first_what_is_missing(call: Call, tmp_path: Path) -> None:
     words = ["model=infinity-2b", "method=random", "budget=0.001", "--weights", str(tmp_path), "--dry-run"]
-    document = call(capsys, "generate", *words, code=3)
+    document = call("generate", *words, code=3)
     assert document["missing"]
     assert [point["method"] for point in document["infeasible"]] == ["random"]
 
