@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from fractions import Fraction
@@ -12,8 +11,6 @@ from typing import Any
 
 import pytest
 
-import compare
-import make_tables
 from heatkv_cli.cli import run
 from heatkv_cli.config import choices, compose
 
@@ -31,7 +28,7 @@ SMALL = {"window", "heatkv"}
 """Those that can live on 1 % of tiny's cache: one token a head."""
 
 
-def test_all_methods_in_one_table(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_methods_in_one_table(tmp_path: Path, call: Call) -> None:
     out = str(tmp_path / "out")
     planned = call(*EXPERIMENT, "--out", out, "--dry-run", code=6)
     assert not Path(out).exists()
@@ -64,15 +61,12 @@ def test_all_methods_in_one_table(tmp_path: Path, call: Call, monkeypatch: pytes
     assert again["runs"] == document["runs"]
 
     compared = tmp_path / "compared.csv"
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", out, "--metrics", "kl,psnr,shapes", "--to", str(compared)])
-    compare.main()
+    call("report", "compare", "--out", out, "--metrics", "kl,psnr,shapes", "--to", str(compared))
     with compared.open(newline="") as f:
         pairs = list(csv.DictReader(f))
     assert {r["other"] for r in pairs if r["budget"] == "0.1"} == methods - {"heatkv"}
     table = tmp_path / "methods.md"
-    arguments = [document["path"], "--compared", str(compared), "--to", str(table)]
-    monkeypatch.setattr(sys, "argv", ["make_tables.py", *arguments])
-    make_tables.main()
+    call("report", "table", document["path"], "--compared", str(compared), "--to", str(table))
     lines = table.read_text().splitlines()
     assert sum(line.startswith("| ") for line in lines) == 2 + 1 + 2 * len(methods)
     assert sum("does not exist: budget 0.01" in line for line in lines) == len(refused)
