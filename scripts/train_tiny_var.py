@@ -141,7 +141,9 @@ class Usage(nn.Module):
             self.hits[dead] = 1.0
 
 
-def quantise_with_gradient(model: Tokenizer, latent: Tensor, beta: float = 0.25) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantise_with_gradient(
+    model: Tokenizer, latent: Tensor, beta: float = 0.25
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The official training of the quantiser, straight-through.
 
     Returns the latent that is decoded, the loss (commitment and codebook, mean over scales), hits of the codes, and the

@@ -1,0 +1,117 @@
+"""From logits over the codebook to indices, and to the smoothed codes of a picture that is to look good.
+
+Source: FoundationVision/VAR, `sample_with_top_k_top_p_` and `gumbel_softmax_with_rng` (`models/helpers.py`), and their
+use in `autoregressive_infer_cfg`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heatkv_cli.core.timeline import staged
+from heatkv_cli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class VarSampling:
+    """Every knob that decides which index is drawn.
+
+    Args:
+        cfg: guidance t of the last scale; logits are (1 + t) * cond - t * uncond. 0 is off.
+        ramp: t grows from 0 at the first scale to `cfg` at the last, in proportion to the scale's index, as upstream
+            does; else it is `cfg` at every scale.
+        top_k: keep the k largest logits and those equal to the k-th; 1 is greedy, 0 is off.
+        top_p: drop the rarest indices whose probabilities, summed upwards, are at most 1 - top_p; 0 is off.
+        more_smooth: the next scale reads a mixture of codes (Gumbel softmax) instead of the code that was drawn.
+            For looks: it is not a sample of the model.
+
+    Raises:
+        ConfigError: a negative number, or top_p above 1.
+    """
+
+    cfg: float = 1.5
+    ramp: bool = True
+    top_k: int = 900
+    top_p: float = 0.96
+    more_smooth: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cfg < 0 or self.top_k < 0 or not 0 <= self.top_p <= 1:
+            raise ConfigError(
+                f"sampling: cfg {self.cfg}, top_k {self.top_k}, top_p {self.top_p}",
+                "cfg and top_k are at least 0, top_p is in 0..1",
+            )
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance rows are in the batch."""
+        return self.cfg != 0
+
+    def guidance(self, scale: int, scales: int) -> float:
+        """t of a scale."""
+        return self.cfg * scale / (scales - 1) if self.ramp else self.cfg
+
+
+def guide(logits: Tensor, t: float) -> Tensor:
+    """Logits (2B, N, V), rows [cond | uncond] -> guided (B, N, V)."""
+    yes, no = logits.chunk(2)
+    return (1 + t) * yes - t * no
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Remove indices by top-k, then top-p: their logits (..., V) become -inf."""
+    if top_k > 0:
+        kth = logits.topk(min(top_k, logits.shape[-1]), -1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p > 0:
+        ordered, index = logits.sort(dim=-1)
+        drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[..., -1] = False
+        logits = logits.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
+    return logits
+
+
+def _exponential(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
+    """Noise (B, N, V), each image's from its own generator."""
+    noise = torch.stack([torch.empty(tuple(shape)).exponential_(generator=g) for g in generators])
+    return noise.to(device, non_blocking=True)
+
+
+@staged("sampling")
+def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One index a token.
+
+    Each image draws from its own generator, in the order token, index, so that a draw depends on the seed of the image
+    and on nothing else. With one generator this is `torch.multinomial` as upstream calls it at batch 1.
+
+    Args:
+        logits: (B, N, V), filtered.
+        generators: B CPU generators.
+
+    Returns:
+        int64 (B, N).
+    """
+    return (logits.softmax(-1) / _exponential(logits.shape[1:], generators, logits.device)).argmax(-1)
+
+
+@staged("sampling")
+def smooth(logits: Tensor, codebook: Tensor, scale: int, scales: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Mixtures of codes by Gumbel softmax, sharper from scale to scale; the noise is drawn after that of `draw`.
+
+    Args:
+        logits: (B, N, V), filtered: what was removed has no weight.
+        codebook: (V, Z).
+        scale, scales: k and K.
+        generators: B CPU generators.
+
+    Returns:
+        (B, N, Z).
+    """
+    ratio = scale / (scales - 1)
+    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    gumbel = -_exponential(logits.shape[1:], generators, logits.device).log()
+    return ((logits * (1 + ratio) + gumbel) / temperature).softmax(-1) @ codebook
