@@ -7,6 +7,8 @@ for the classifier, whose weights ship with the model.
 from __future__ import annotations
 
 import gzip
+import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heatkv_cli.models.var.tokenizer import TokenizerConfig
+from heatkv_cli.core.scales import Geometry, ScaleSchedule
+from heatkv_cli.models.var.model import VarModel
+from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.models.var.tokenizer import Quantiser, Tokenizer, TokenizerConfig, shrink, tokens
+from heatkv_cli.models.var.transformer import Var, VarConfig
+from tiny_net import BlockCausal
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SIDES = (1, 2, 3, 4, 5, 6, 8)
-SIZES = [(p, p) for p in SIDES]
+SIZES = tuple((p, p) for p in SIDES)
 TOKENIZER = TokenizerConfig(
     vocabulary=512, channels=16, base_channels=32, multipliers=(1, 2), blocks=1, norm_groups=8, stem=2
 )
+TRANSFORMER = VarConfig(
+    depth=10,
+    width=84,
+    heads=7,
+    sizes=SIZES,
+    classes=len(CLASSES),
+    vocabulary=TOKENIZER.vocabulary,
+    channels=TOKENIZER.channels,
+    shared=True,
+)
+GEOMETRY = Geometry(
+    "tiny-var", TRANSFORMER.depth, TRANSFORMER.heads, TRANSFORMER.head_dim, ScaleSchedule(SIZES), sink_scales=1
+)
+SAMPLING = VarSampling(cfg=1.5, top_k=0, top_p=0.96)
+MERGED_SCALES = 4  # these small scales share one masked product in training
 HOW = "apt-get install dataset-fashion-mnist puts it into /usr/share/datasets/fashion-mnist"
 
 
@@ -57,9 +79,7 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (1, 32, 64, 64, self.FEATURES)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
         self.head = nn.Linear(self.FEATURES, len(CLASSES))
 
@@ -72,3 +92,80 @@ class Classifier(nn.Module):
                 x = F.max_pool2d(x, 2)
         features = x.mean((2, 3))
         return features, self.head(features)
+
+
+def new_transformer() -> Var:
+    """The transformer as training begins: gates open, no modulation, small outputs."""
+    net = Var(TRANSFORMER)
+    for block in net.layers():
+        nn.init.zeros_(block.ada_gss)
+        for out in (block.attn.proj, block.ffn.fc2):
+            nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * TRANSFORMER.depth))
+            nn.init.zeros_(out.bias)
+    shared, last = net.shared_ada_lin[1], net.head_nm.ada_lin[1]  # type: ignore[index]
+    nn.init.normal_(shared.weight, std=0.01)
+    shared.bias.data.zero_().view(6, -1)[:2] = 1.0
+    nn.init.normal_(last.weight, std=0.01)
+    nn.init.zeros_(last.bias)
+    nn.init.normal_(net.head.weight, std=0.02)
+    nn.init.normal_(net.lvl_embed.weight, std=0.3)
+    nn.init.normal_(net.class_emb.weight, std=0.5)
+    return net
+
+
+class TrainingAttention:
+    """The seam of the model in training: no cache, all scales at once."""
+
+    def __init__(self, dtype: torch.dtype):
+        ends = torch.tensor([p * p for p in SIDES]).cumsum(0).tolist()
+        level = torch.cat([torch.full((p * p,), i) for i, p in enumerate(SIDES[:MERGED_SCALES])])
+        mask = torch.where(level[:, None] >= level[None], 0.0, -torch.inf).to(dtype)
+        self.spans = [(0, len(level), mask), *((a, b, None) for a, b in pairwise(ends[MERGED_SCALES - 1 :]))]
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
+    ) -> Tensor:
+        """Attention of all tokens (B, H, L, D); queries are unit vectors times their temperature, the scale is 1."""
+        if softmax_scale != 1:
+            raise ValueError(f"softmax scale {softmax_scale}: only the variant with unit queries is trained")
+        return BlockCausal.apply(q, k, v, self.spans)
+
+
+def forward(net: Var, classes: Tensor, inputs: Tensor, attention: TrainingAttention) -> Tensor:
+    """Classes (B,) and inputs (B, L - 1, Z) of the second scale on -> logits (B, L, V)."""
+    cond, places = net.condition(classes), net.positions()
+    x = torch.cat((net.start(cond, places[:, :1]), net.embed(inputs, places[:, 1:])), 1)
+    return net.logits(net.run(x, cond, attention), cond)
+
+
+@torch.no_grad()
+def noisy_inputs(quantiser: Quantiser, latent: Tensor, flip: float) -> tuple[Tensor, Tensor]:
+    """Latents (B, Z, 8, 8) -> target codes (B, L) and transformer inputs (B, L - 1, Z) with mistakes in them.
+
+    A random share of the codes of each scale, up to `flip`, becomes that of another picture at the same place before
+    the later scales are quantised, so that they learn to repair earlier mistakes (as Infinity does with bits, arXiv
+    2412.04431, section 3.4).
+    """
+    total, codes, inputs = torch.zeros_like(latent), [], []
+    for k, size in enumerate(SIZES):
+        index = quantiser.nearest(shrink(latent - total, size))
+        codes.append(index)
+        if k + 1 == len(SIZES):
+            break
+        wrong = torch.rand(index.shape) < torch.rand(len(index), 1) * flip
+        used = torch.where(wrong, index[torch.randperm(len(index))], index)
+        total = total + quantiser.contribution(quantiser.lookup(used, size), k, len(SIZES), SIZES[-1])
+        inputs.append(tokens(shrink(total, SIZES[k + 1])))
+    return torch.cat(codes, 1), torch.cat(inputs, 1)
+
+
+def tiny_var(transformer: Var, tokenizer: Tokenizer) -> VarModel:
+    return VarModel(GEOMETRY, transformer, tokenizer)
+
+
+def frechet(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
+    """Frechet distance between normal distributions: features (n, d) against a mean (d,) and covariance (d, d)."""
+    x = features.double()
+    own, other = x.T.cov(), covariance.double()
+    root = torch.linalg.eigvals(own @ other).real.clamp(min=0).sqrt().sum()
+    return ((x.mean(0) - mean.double()).square().sum() + own.trace() + other.trace() - 2 * root).item()

@@ -1,11 +1,13 @@
 """Train the bundled tiny-var on Fashion-MNIST: classifier, tokenizer, transformer, then export.
 
-    apt-get install dataset-fashion-mnist                     # 70,000 pictures, MIT, in /usr/share/datasets/fashion-mnist
-    python scripts/train_tiny_var.py classifier --seconds 900   # gate: accuracy on the test set >= 0.91
-    python scripts/train_tiny_var.py tokenizer --seconds 1800
+    apt-get install dataset-fashion-mnist                        # 70,000 pictures, MIT; see --data
+    python scripts/train_tiny_var.py classifier --seconds 700    # gate: accuracy on the test set >= 0.91
+    python scripts/train_tiny_var.py tokenizer --seconds 2100
+    python scripts/train_tiny_var.py transformer --seconds 7000  # gate: accuracy of samples >= 0.85
 
 Every stage can be killed and started again: it goes on from its last checkpoint under --out (default runs/tiny-var) and
-appends to <out>/<stage>.csv. One CPU core is enough; times are seconds of training.
+appends to <out>/<stage>.csv. One CPU core is enough; times are seconds of the
+processor.
 """
 
 from __future__ import annotations
@@ -22,13 +24,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fashion_net import SIZES, TOKENIZER, Classifier, pixels, read_fashion
-from heatkv_cli.models.var.tokenizer import Tokenizer, phi_table, shrink
+from fashion_net import (
+    CLASSES,
+    SAMPLING,
+    SIDES,
+    SIZES,
+    TOKENIZER,
+    Classifier,
+    TrainingAttention,
+    forward,
+    frechet,
+    new_transformer,
+    noisy_inputs,
+    pixels,
+    read_fashion,
+    tiny_var,
+)
+from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.models.var.tokenizer import Tokenizer, shrink
+from heatkv_cli.models.var.transformer import Block, Var
+from tiny_net import FullAttention
 from train_tiny import log_row, save
 
 
 class Training:
-    """A stage that can be stopped: seconds spent, steps, and what else must survive, in one checkpoint.
+    """A stage that can be stopped: seconds of the processor, steps, and what else must survive, in one checkpoint.
 
     Args:
         a: the command line: out, seconds, lr, every, seed.
@@ -48,11 +68,11 @@ class Training:
 
     def run(self, one: Callable[[int], dict[str, float]], check: Callable[[], dict[str, float]]) -> None:
         """Steps until the time is spent; every so often a checkpoint, and a row of mean losses and of `check`."""
-        last, due, sums, count = time.time(), self.spent + self.a.every, dict[str, float](), 0
+        last, due, sums, count = time.process_time(), self.spent + self.a.every, dict[str, float](), 0
         while self.spent < self.a.seconds:
             for name, value in one(self.step).items():
                 sums[name] = sums.get(name, 0.0) + value
-            self.step, count, now = self.step + 1, count + 1, time.time()
+            self.step, count, now = self.step + 1, count + 1, time.process_time()
             self.spent, last = self.spent + now - last, now
             if self.spent > due or self.spent >= self.a.seconds:
                 due += self.a.every
@@ -60,7 +80,7 @@ class Training:
                 save(self.path, **states, step=self.step, spent=self.spent)
                 head = {"step": self.step, "seconds": round(self.spent), "images": self.step * self.a.batch}
                 log_row(self.log, head | {k: round(v / count, 4) for k, v in sums.items()} | check())
-                last, sums, count = time.time(), {}, 0
+                last, sums, count = time.process_time(), {}, 0
 
     def rate(self, warm: int = 50, floor: float = 0.02) -> float:
         """Share of the learning rate: a short rise, then half a cosine over the time."""
@@ -225,6 +245,131 @@ def load_tokenizer(a: argparse.Namespace) -> Tokenizer:
     return model.eval().requires_grad_(False)
 
 
+# ------------------------------------------------------------------------------------------------------ transformer
+
+
+def load_latents(a: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Latents fp16 (n, Z, 8, 8) of the training pictures and their mirror images, classes (n,); made once."""
+    trained = torch.load(a.out / "tokenizer.pt")["step"]
+    path = a.out / f"latents-{trained}.pt"  # of this tokenizer, not of an earlier one
+    if path.exists():
+        return torch.load(path)
+    images, labels = read_fashion(a.data, "train")
+    parts = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        for part in torch.cat((images, images.flip(-1))).split(500):
+            parts.append(tokenizer.features(pixels(part)).half())
+    data = torch.cat(parts), labels.repeat(2)
+    torch.save(data, path)
+    return data
+
+
+class Average(nn.Module):
+    """Running mean of a network's weights."""
+
+    def __init__(self, net: Var):
+        super().__init__()
+        self.net, self.source, self.count = new_transformer().requires_grad_(False), [net], 0
+        self.net.load_state_dict(net.state_dict())
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Every fifth step: a mean over the last 500 or so, of less at first."""
+        if step % 5 == 0:
+            keep = min(0.998, 1 - 1 / (1 + step / 5)) ** 5
+            for mine, other in zip(self.net.parameters(), self.source[0].parameters(), strict=True):
+                mine.lerp_(other, 1 - keep)
+
+
+def train_transformer(a: argparse.Namespace) -> None:
+    torch.manual_seed(a.seed)
+    tokenizer, judging, net = load_tokenizer(a), load_classifier(a), new_transformer()
+    latents, labels = load_latents(a, tokenizer)
+    images, wanted = read_fashion(a.data, "t10k")
+    held = tokenizer.features(pixels(images[:1000])), wanted[:1000]
+    real = judge(judging, images)[0]
+    statistics = real.mean(0), real.double().T.cov()
+    hidden = [p for b in net.layers() for p in b.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in hidden}
+    adam = torch.optim.AdamW(
+        [p for p in net.parameters() if id(p) not in chosen], lr=a.lr, betas=(0.9, 0.97), weight_decay=0.01, fused=True
+    )
+    muon = torch.optim.Muon(hidden, lr=2 * a.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    average, attention = Average(net), TrainingAttention(torch.bfloat16)
+    training = Training(a, "transformer", {"model": net, "average": average, "adam": adam, "muon": muon})
+    weight = torch.cat([torch.full((p * p,), p**-a.coarse) for p in SIDES])
+    plain = Block.before, Block.after
+    fast = tuple(torch.compile(f, dynamic=False) for f in plain) if a.compile else plain
+    Block.before, Block.after = fast
+
+    def one(step: int) -> dict[str, float]:
+        for opt, lr in ((adam, a.lr), (muon, 2 * a.lr)):
+            opt.param_groups[0]["lr"] = lr * training.rate(warm=100, floor=0.01)
+        index = torch.randint(0, len(latents), (a.batch,))
+        codes, inputs = noisy_inputs(tokenizer.quantize, latents[index].float(), a.flip)
+        classes = torch.where(torch.rand(a.batch) < 0.1, len(CLASSES), labels[index])
+        # the fused kernel's backward takes half of a step at this head size
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            logits = forward(net, classes, inputs, attention)
+        each = F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").mean(0)
+        loss = (each * weight).sum() / weight.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        for opt in (adam, muon):
+            opt.step()
+            opt.zero_grad()
+        average.update(step + 1)
+        return {"loss": each.mean().item()}
+
+    def check() -> dict[str, float]:
+        Block.before, Block.after = plain  # its many shapes would be compiled one by one
+        row = held_out(average.net, tokenizer, *held)
+        pictures, classes = sample(average.net, tokenizer, a.per_class, SAMPLING)
+        row |= score(judging, pictures, classes, statistics)
+        Block.before, Block.after = fast
+        return row
+
+    training.run(one, check)
+    Block.before, Block.after = plain
+
+
+@torch.no_grad()
+def held_out(net: Var, tokenizer: Tokenizer, latents: Tensor, labels: Tensor) -> dict[str, float]:
+    """Nats per token of unseen pictures, all and per scale, with clean inputs."""
+    parts = []
+    for latent, classes in zip(latents.split(250), labels.split(250), strict=True):
+        codes, inputs = noisy_inputs(tokenizer.quantize, latent, 0.0)
+        logits = forward(net, classes, inputs, TrainingAttention(torch.float32))
+        parts.append(F.cross_entropy(logits.transpose(1, 2), codes, reduction="none"))
+    each = torch.cat(parts).mean(0)
+    scales = zip(SIDES, each.split([p * p for p in SIDES]), strict=True)
+    return {"val": round(each.mean().item(), 4)} | {f"s{p}": round(part.mean().item(), 3) for p, part in scales}
+
+
+def sample(net: Var, tokenizer: Tokenizer, per_class: int, sampling: VarSampling) -> tuple[Tensor, Tensor]:
+    """Grey pictures uint8 (n, 1, 32, 32) and their classes, `per_class` of each in turn."""
+    model, classes = tiny_var(net, tokenizer), torch.arange(len(CLASSES)).repeat(per_class)
+    pictures = []
+    for start in range(0, len(classes), 50):
+        part = classes[start : start + 50]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        trace = model.generate(part, sampling, FullAttention(), generators)
+        pictures.append(model.decode(trace.latent).float().mean(-1).round().byte()[:, None])
+    return torch.cat(pictures), classes
+
+
+def score(
+    judging: Classifier, pictures: Tensor, classes: Tensor, statistics: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """Class accuracy, Frechet distance to the test set, inception-style score."""
+    features, logits = judge(judging, pictures)
+    p = logits.double().softmax(-1)
+    kl = (p * (p.clamp(min=1e-12).log() - p.mean(0).log())).sum(-1).mean()
+    right = (logits.argmax(-1) == classes).float().mean().item()
+    distance = frechet(features, *statistics)
+    return {"accuracy": round(right, 4), "frechet": round(distance, 3), "score": round(math.exp(kl), 3)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="stage", required=True)
@@ -239,6 +384,15 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--vq", type=float, default=0.25, help="weight of the quantiser's loss")
+    p = sub.add_parser("transformer")
+    p.set_defaults(run=train_transformer)
+    p.add_argument("--seconds", type=float, default=7000)
+    p.add_argument("--batch", type=int, default=64)
+    p.add_argument("--lr", type=float, default=2e-3, help="of AdamW; Muon gets twice as much")
+    p.add_argument("--flip", type=float, default=0.1, help="largest share of mistakes in the inputs")
+    p.add_argument("--coarse", type=float, default=1.0, help="a token of a map of side p weighs p to minus this")
+    p.add_argument("--per-class", type=int, default=50)
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     for p in sub.choices.values():
         p.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
         p.add_argument("--out", type=Path, default=Path("runs/tiny-var"))

@@ -185,7 +185,9 @@ class Result:
     inputs: list[Tensor] = field(default_factory=list)
 
 
-def generate(run: Run, cache: Any, forced: bool, model: VarModel | None = None, classes: Tensor | None = None) -> Result:
+def generate(
+    run: Run, cache: Any, forced: bool, model: VarModel | None = None, classes: Tensor | None = None
+) -> Result:
     """Run it with its own seed, or with its recorded codes; the transformer's ends are recorded."""
     model, result = model or run.build(), Result(VarTrace((), (), torch.empty(0)))
     net = model.transformer

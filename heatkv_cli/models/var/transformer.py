@@ -238,8 +238,8 @@ class Var(nn.Module):
 
     def positions(self) -> Tensor:
         """What every token's place adds: position and scale, (1, L, C)."""
-        counts = torch.tensor([h * w for h, w in self.config.sizes], device=self.pos_1LC.device)
-        return self.pos_1LC + self.lvl_embed.weight.repeat_interleave(counts, 0, output_size=self.config.tokens)
+        levels = zip(self.lvl_embed.weight, self.config.sizes, strict=True)
+        return self.pos_1LC + torch.cat([level.expand(h * w, -1) for level, (h, w) in levels])
 
     def start(self, cond: Conditioning, positions: Tensor) -> Tensor:
         """Input of scale 0, (R, N_0, C); `positions` are the scale's own."""

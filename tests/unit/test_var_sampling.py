@@ -1,0 +1,90 @@
+"""Filters, guidance and divergence of VAR's categorical sampling, against plain Python and properties."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heatkv_cli.errors import ConfigError
+from heatkv_cli.models.var.model import divergence
+from heatkv_cli.models.var.sampling import VarSampling, draw, filter_logits, guide, smooth
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+
+import var_literal as literal
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**20), st.integers(0, 12), st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]), st.booleans())
+def test_what_filters_keep(seed: int, top_k: int, top_p: float, ties: bool) -> None:
+    logits = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+    if ties:
+        logits = logits.round()
+    kept = filter_logits(logits, top_k, top_p).isfinite()
+    for b in range(2):
+        for n in range(3):
+            wanted = literal.kept(logits[b, n], top_k, top_p)
+            found = set(kept[b, n].nonzero()[:, 0].tolist())
+            if ties and top_p:  # which of two equal ones goes is the sort's business, their logits are not
+                assert sorted(logits[b, n, list(found)]) == sorted(logits[b, n, list(wanted)])
+            else:
+                assert found == wanted
+
+
+def test_filters_leave_their_input_alone() -> None:
+    logits = torch.randn(1, 4, 8)
+    before = logits.clone()
+    filter_logits(logits, 2, 0.5)
+    assert torch.equal(logits, before)
+
+
+def test_guidance_ramps_with_the_index_of_the_scale() -> None:
+    assert [VarSampling(1.5).guidance(s, 4) for s in range(4)] == [0.0, 0.5, 1.0, 1.5]
+    assert [VarSampling(1.5, ramp=False).guidance(s, 4) for s in range(4)] == [1.5] * 4
+    yes, no = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 1.0]]])
+    assert torch.equal(guide(torch.cat((yes, no)), 0.5), torch.tensor([[[0.0, 2.5]]]))
+    assert not VarSampling(0.0).guided and VarSampling(0.1).guided
+
+
+@pytest.mark.parametrize("wrong", [{"cfg": -1.0}, {"top_k": -1}, {"top_p": 1.5}, {"top_p": -0.1}])
+def test_knobs_outside_their_range(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="sampling:"):
+        VarSampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_draws_follow_the_probabilities() -> None:
+    """20,000 draws of four indices; chi-square of three degrees of freedom, and nothing that was removed."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = torch.cat((p.log(), torch.tensor([-torch.inf]))).expand(1, 20_000, 5)
+    counts = torch.bincount(draw(logits, [torch.Generator().manual_seed(1)])[0], minlength=5)
+    assert counts[4] == 0
+    expected = 20_000 * p
+    assert ((counts[:4] - expected).square() / expected).sum() < 16.3  # 0.1 %
+
+
+def test_smooth_codes_are_mixtures_of_what_is_left() -> None:
+    """Weights are a distribution over the codes that filters left: with one left it is that code."""
+    logits, codebook = torch.randn(1, 6, 4), torch.eye(4)
+    weights = smooth(filter_logits(logits, 2, 0), codebook, 0, 5, [torch.Generator().manual_seed(2)])
+    assert torch.allclose(weights.sum(-1), torch.ones(1, 6)) and ((weights > 0).sum(-1) <= 2).all()
+    one = smooth(filter_logits(logits, 1, 0), codebook, 4, 5, [torch.Generator().manual_seed(2)])
+    assert torch.equal(one[0].argmax(-1), logits[0].argmax(-1)) and torch.allclose(one.max(-1).values, torch.ones(1, 6))
+
+
+def test_divergence_is_that_of_categories() -> None:
+    torch.manual_seed(0)
+    full, other = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    found = divergence(full, other + 7)  # a constant changes no distribution
+    for b in range(2):
+        for n in range(3):
+            p, q = (x[b, n].softmax(-1).tolist() for x in (full, other))
+            assert found[b, n].item() == pytest.approx(
+                sum(a * math.log(a / c) for a, c in zip(p, q, strict=True)), abs=1e-6
+            )
+    assert divergence(full, full).abs().max() == 0
