@@ -44,7 +44,8 @@ GEOMETRY = Geometry(
 )
 SAMPLING = VarSampling(cfg=1.5, top_k=0, top_p=0.96)
 MERGED_SCALES = 4  # these small scales share one masked product in training
-HOW = "apt-get install dataset-fashion-mnist puts it into /usr/share/datasets/fashion-mnist"
+DATA = Path("/usr/share/datasets/fashion-mnist")
+HOW = f"apt-get install dataset-fashion-mnist puts it into {DATA}"
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -161,11 +162,3 @@ def noisy_inputs(quantiser: Quantiser, latent: Tensor, flip: float) -> tuple[Ten
 
 def tiny_var(transformer: Var, tokenizer: Tokenizer) -> VarModel:
     return VarModel(GEOMETRY, transformer, tokenizer)
-
-
-def frechet(features: Tensor, mean: Tensor, covariance: Tensor) -> float:
-    """Frechet distance between normal distributions: features (n, d) against a mean (d,) and covariance (d, d)."""
-    x = features.double()
-    own, other = x.T.cov(), covariance.double()
-    root = torch.linalg.eigvals(own @ other).real.clamp(min=0).sqrt().sum()
-    return ((x.mean(0) - mean.double()).square().sum() + own.trace() + other.trace() - 2 * root).item()

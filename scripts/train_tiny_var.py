@@ -4,6 +4,8 @@
     python scripts/train_tiny_var.py classifier --seconds 700    # gate: accuracy on the test set >= 0.91
     python scripts/train_tiny_var.py tokenizer --seconds 2100
     python scripts/train_tiny_var.py transformer --seconds 7000  # gate: accuracy of samples >= 0.85
+    python scripts/train_tiny_var.py export                      # tiny-var and fashion.safetensors in heatkv_cli/assets
+    python scripts/check_tiny_var.py                             # the gates again, on what was exported
 
 Every stage can be killed and started again: it goes on from its last checkpoint under --out (default runs/tiny-var) and
 appends to <out>/<stage>.csv. One CPU core is enough; times are seconds of the
@@ -13,6 +15,7 @@ processor.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable
@@ -21,11 +24,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import heatkv_cli
 from fashion_net import (
     CLASSES,
+    DATA,
     SAMPLING,
     SIDES,
     SIZES,
@@ -33,18 +39,18 @@ from fashion_net import (
     Classifier,
     TrainingAttention,
     forward,
-    frechet,
     new_transformer,
     noisy_inputs,
     pixels,
     read_fashion,
-    tiny_var,
 )
-from heatkv_cli.models.var.sampling import VarSampling
+from fashion_score import judge, sample, score
+from heatkv_cli.models.var.load import save_bundle
 from heatkv_cli.models.var.tokenizer import Tokenizer, shrink
 from heatkv_cli.models.var.transformer import Block, Var
-from tiny_net import FullAttention
 from train_tiny import log_row, save
+
+ASSETS = Path(heatkv_cli.__file__).parent / "assets"
 
 
 class Training:
@@ -126,13 +132,6 @@ def train_classifier(a: argparse.Namespace) -> None:
         return {"test_loss": round(F.cross_entropy(logits, wanted).item(), 4), "accuracy": round(right, 4)}
 
     training.run(one, check)
-
-
-@torch.no_grad()
-def judge(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 (n, 1, 32, 32) -> features and logits, in float32."""
-    parts = [model(part.float().div(255)) for part in images.split(500)]
-    return torch.cat([f for f, _ in parts]), torch.cat([logits for _, logits in parts])
 
 
 def load_classifier(a: argparse.Namespace) -> Classifier:
@@ -269,7 +268,7 @@ class Average(nn.Module):
 
     def __init__(self, net: Var):
         super().__init__()
-        self.net, self.source, self.count = new_transformer().requires_grad_(False), [net], 0
+        self.net, self.source = new_transformer().requires_grad_(False), [net]
         self.net.load_state_dict(net.state_dict())
 
     @torch.no_grad()
@@ -346,28 +345,37 @@ def held_out(net: Var, tokenizer: Tokenizer, latents: Tensor, labels: Tensor) ->
     return {"val": round(each.mean().item(), 4)} | {f"s{p}": round(part.mean().item(), 3) for p, part in scales}
 
 
-def sample(net: Var, tokenizer: Tokenizer, per_class: int, sampling: VarSampling) -> tuple[Tensor, Tensor]:
-    """Grey pictures uint8 (n, 1, 32, 32) and their classes, `per_class` of each in turn."""
-    model, classes = tiny_var(net, tokenizer), torch.arange(len(CLASSES)).repeat(per_class)
-    pictures = []
-    for start in range(0, len(classes), 50):
-        part = classes[start : start + 50]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        trace = model.generate(part, sampling, FullAttention(), generators)
-        pictures.append(model.decode(trace.latent).float().mean(-1).round().byte()[:, None])
-    return torch.cat(pictures), classes
+# ----------------------------------------------------------------------------------------------- what is shipped
 
 
-def score(
-    judging: Classifier, pictures: Tensor, classes: Tensor, statistics: tuple[Tensor, Tensor]
-) -> dict[str, float]:
-    """Class accuracy, Frechet distance to the test set, inception-style score."""
-    features, logits = judge(judging, pictures)
-    p = logits.double().softmax(-1)
-    kl = (p * (p.clamp(min=1e-12).log() - p.mean(0).log())).sum(-1).mean()
-    right = (logits.argmax(-1) == classes).float().mean().item()
-    distance = frechet(features, *statistics)
-    return {"accuracy": round(right, 4), "frechet": round(distance, 3), "score": round(math.exp(kl), 3)}
+def export(a: argparse.Namespace) -> None:
+    """Write the averaged transformer with the tokenizer, and the classifier with what it sees in the test set."""
+    net = new_transformer()
+    average = Average(net)
+    average.load_state_dict(torch.load(a.out / "transformer.pt")["average"])
+    save_bundle(a.to / "tiny-var.safetensors", average.net, load_tokenizer(a))
+    judging = load_classifier(a)
+    tensors = {
+        f"classifier.{name}": tensor.half()
+        for name, tensor in judging.state_dict().items()
+        if tensor.is_floating_point()  # all but the number of training steps of the norms
+    }
+    judging.load_state_dict({name.removeprefix("classifier."): t.float() for name, t in tensors.items()}, strict=False)
+    images, labels = read_fashion(a.data, "t10k")
+    features, logits = judge(judging, images)
+    some = torch.cat([(labels == c).nonzero()[: a.reference, 0] for c in range(len(CLASSES))])
+    tensors |= {
+        "test.mean": features.double().mean(0).float(),
+        "test.covariance": features.double().T.cov().float(),
+        "test.histogram": torch.bincount(labels, minlength=len(CLASSES)),
+        "test.features": features[some].half(),
+    }
+    accuracy = (logits.argmax(-1) == labels).double().mean().item()
+    header = {"format": 1, "classes": CLASSES, "pictures": len(images), "accuracy": round(accuracy, 4)}
+    path = a.to / "fashion.safetensors"
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, {"heatkv": json.dumps(header)})
+    for file in (a.to / "tiny-var.safetensors", path):
+        print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
 
 
 def main() -> None:
@@ -393,8 +401,12 @@ def main() -> None:
     p.add_argument("--coarse", type=float, default=1.0, help="a token of a map of side p weighs p to minus this")
     p.add_argument("--per-class", type=int, default=50)
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    p = sub.add_parser("export")
+    p.set_defaults(run=export)
+    p.add_argument("--reference", type=int, default=100, help="test pictures of a class whose features are shipped")
+    p.add_argument("--to", type=Path, default=ASSETS)
     for p in sub.choices.values():
-        p.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+        p.add_argument("--data", type=Path, default=DATA)
         p.add_argument("--out", type=Path, default=Path("runs/tiny-var"))
         p.add_argument("--threads", type=int, default=1)
         p.add_argument("--seed", type=int, default=0)
