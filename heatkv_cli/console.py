@@ -10,16 +10,19 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from heatkv_cli.errors import INTERRUPTED, ConfigErrors, HeatKVError
+from heatkv_cli import interrupts
+from heatkv_cli.errors import Errors, HeatKVError, MemoryLimitError, SetupError
+from heatkv_cli.interrupts import INTERRUPTED
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -40,12 +43,12 @@ class Outcome:
 
     Args:
         again: the command line that goes on with this work.
-        folder: where a trace may be written.
+        folder: where a trace may be written; None until that is known.
         code: exit code.
     """
 
     again: str
-    folder: Path = field(default_factory=Path)
+    folder: Path | None = None
     code: int = 0
 
 
@@ -64,6 +67,7 @@ class Console:
     ) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self.verbose = verbose
         self.debug = debug
         self.log_path: Path | None = None
         self.began = time.monotonic()
@@ -86,10 +90,19 @@ class Console:
         path = (folder / "run.log").absolute()
         if path == self.log_path:
             return
-        for handler in [item for item in _LOGGER.handlers if isinstance(item, logging.FileHandler)]:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:  # a link, a folder, a full disk: the work matters more than its log
+            self.warn(f"no log: cannot write {path}: {error.strerror or error}")
+            self.log_path = path
+            return
+        self._log(path, descriptor)
+
+    def _log(self, path: Path, descriptor: int) -> None:
+        for handler in [item for item in _LOGGER.handlers if isinstance(item, _File)]:
             _LOGGER.removeHandler(handler)
             handler.close()
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _File(os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace"))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         _LOGGER.addHandler(handler)
         self.log_path = path
@@ -117,7 +130,7 @@ class Console:
 
     def error(self, error: HeatKVError) -> None:
         """Say what is wrong and what to do: a pair of lines per error."""
-        for one in error.errors if isinstance(error, ConfigErrors) else (error,):
+        for one in error.errors if isinstance(error, Errors) else (error,):
             _LOGGER.error(f"error: {one.message}")
             if one.hint:
                 _LOGGER.error(f"fix: {one.hint}")
@@ -126,20 +139,24 @@ class Console:
         """Print a table to stdout (nothing with `--json`); numbers are set flush right."""
         if self.as_json:
             return
-        out = _rich(sys.stdout)
-        if title:
-            out.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
         head, *body = align(columns, rows)
-        out.print(head, style="bold", markup=False, highlight=False, soft_wrap=True)
-        for line in body:
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+        bold = [title, head] if title else [head]
+        with _readers():
+            out = _rich(sys.stdout)
+            for line in bold:
+                out.print(printable(line), style="bold", markup=False, highlight=False, soft_wrap=True)
+            for line in body:
+                out.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+            sys.stdout.flush()
 
     def result(self, document: Mapping[str, Any]) -> None:
         """Print the JSON document of a command, when it was asked for; the first one is the only one."""
         if self.as_json and not self._answered:
             self._answered = True
-            sys.stdout.write(json.dumps(_strict({"schema": SCHEMA, **document}), indent=2, allow_nan=False) + "\n")
-            sys.stdout.flush()
+            text = json.dumps(_strict({"schema": SCHEMA, **document}), indent=2, allow_nan=False)
+            with _readers():
+                sys.stdout.write(text + "\n")
+                sys.stdout.flush()
 
     @contextlib.contextmanager
     def guard(self, again: str) -> Iterator[Outcome]:
@@ -151,18 +168,25 @@ class Console:
         outcome = Outcome(again)
         try:
             yield outcome
-        except HeatKVError as error:
+        except KeyboardInterrupt:
+            self._interrupted(outcome)
+        except Exception as error:
             if self.debug:
                 traceback.print_exc()
-            self.error(error)
-            parts = error.errors if isinstance(error, ConfigErrors) else (error,)
-            self._fail(outcome, error.exit_code, [{"error": part.message, "fix": part.hint} for part in parts])
-        except KeyboardInterrupt:
-            self.warn("interrupted; what was finished is kept")
-            self.say(f"next: {outcome.again}")
-            self._fail(outcome, INTERRUPTED, [{"error": "interrupted", "fix": outcome.again}])
-        except Exception as error:
-            self._bug(error, outcome)
+            known = _known(error)
+            if interrupts.seen() and not isinstance(error, HeatKVError):
+                self._interrupted(outcome)  # somebody made an error of their own of it
+            elif known is None:
+                self._bug(error, outcome)
+            else:
+                self.error(known)
+                parts = known.errors if isinstance(known, Errors) else (known,)
+                self._fail(outcome, known.exit_code, [{"error": part.message, "fix": part.hint} for part in parts])
+
+    def _interrupted(self, outcome: Outcome) -> None:
+        self.warn("interrupted; what was finished is kept")
+        self.say(f"next: {outcome.again}")
+        self._fail(outcome, INTERRUPTED, [{"error": "interrupted", "fix": outcome.again}])
 
     def _fail(self, outcome: Outcome, code: int, errors: list[dict[str, str]]) -> None:
         outcome.code = code
@@ -170,12 +194,12 @@ class Console:
 
     def _bug(self, error: Exception, outcome: Outcome) -> None:
         """Three lines on the screen, the trace in run.log."""
-        for folder in (outcome.folder, Path(tempfile.gettempdir())):
-            if self.log_path is None:
-                with contextlib.suppress(OSError):
-                    self.log_to(folder)
-        if self.debug:
-            traceback.print_exc()
+        if self.log_path is None and outcome.folder is not None and outcome.folder.is_dir():
+            self.log_to(outcome.folder)
+        if not any(isinstance(handler, _File) for handler in _LOGGER.handlers):
+            with contextlib.suppress(OSError):  # a file of our own: never through a link that others have laid
+                descriptor, name = tempfile.mkstemp(prefix="heatkv-", suffix=".log")
+                self._log(Path(name), descriptor)
         what = f"unexpected {type(error).__name__}: {error}".splitlines()[0]
         fix = "report it with the output of: heatkv doctor --json"
         self.error(HeatKVError(what, fix))
@@ -219,6 +243,7 @@ class Progress:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count units that are done; `note` is shown beside the rate (resident KV bytes, say)."""
+        interrupts.check()
         self._done += count
         now = time.monotonic()
         rate = self._done / max(now - self._began, 1e-9)
@@ -240,8 +265,63 @@ class _Screen(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = _STYLES.get(record.levelno, "")
-        with contextlib.suppress(ValueError):  # the stream was closed: a caller in the same process is done with it
-            self._err.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+        with contextlib.suppress(ValueError, OSError):  # the stream was closed: whoever read it is done with it
+            text = printable(record.getMessage())
+            self._err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class _File(logging.StreamHandler[TextIO]):
+    """run.log; a disk that is full costs lines, never the work."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say nothing."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record, without what would drive a terminal."""
+        return printable(super().format(record))
+
+    def close(self) -> None:
+        """Close the file too."""
+        super().close()
+        with contextlib.suppress(OSError):
+            self.stream.close()
+
+
+def _known(error: Exception) -> HeatKVError | None:
+    """What the user can understand of an error; None for a bug of ours."""
+    if isinstance(error, HeatKVError):
+        return error
+    if isinstance(error, MemoryError):
+        return MemoryLimitError("out of memory", "free some, or lower runtime.batch_size")
+    if isinstance(error, OSError) and error.filename is not None:
+        return SetupError(f"{error.filename}: {error.strerror or error}", "check the file, its rights and the disk")
+    return None
+
+
+@contextlib.contextmanager
+def _readers() -> Iterator[None]:
+    """Writing to stdout: a reader that has seen enough is fine, a full disk is an error."""
+    try:
+        yield
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - until the process ends
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+        raise SetupError(f"cannot write to stdout: {error.strerror or error}", "free the disk") from error
+
+
+def printable(text: str) -> str:
+    r"""Return a text without what would drive a terminal: control characters and lone surrogates are spelled out.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    clean = "".join(sign if sign in "\n\t" or not _is_control(sign) else f"\\x{ord(sign):02x}" for sign in text)
+    return clean.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_control(sign: str) -> bool:
+    return ord(sign) < 32 or 127 <= ord(sign) < 160
 
 
 def _rich(stream: TextIO) -> RichConsole:

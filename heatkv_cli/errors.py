@@ -1,8 +1,8 @@
 """Every error a user can cause, each with the exit code of the command that meets it.
 
-The lowest layer: everything may import this file, it imports nothing of the package. An error says what happened and
-where (`message`) and what to type next (`hint`); the console prints them as `error: ...` and `fix: ...`. Nothing
-outside `cli` catches them, except to add the place where they happened.
+The lowest layer: everything may import this file. An error says what happened and where (`message`) and what to type
+next (`hint`); the console prints them as `error: ...` and `fix: ...`. Nothing outside `cli` catches them, except to add
+the place where they happened.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, by the shell's convention of 128 + signal number."""
+from heatkv_cli.interrupts import INTERRUPTED
 
 
 class HeatKVError(Exception):
@@ -47,28 +46,42 @@ class BudgetError(ConfigError):
     """The budget cannot be met by this method on this model; the hint names the smallest one that can."""
 
 
-class ConfigErrors(ConfigError):  # noqa: N818 - it is several
-    """Several configuration errors, found in one pass and reported together.
+class Errors(HeatKVError):  # noqa: N818 - it is several
+    """Several errors, found in one pass and reported together; the first one's exit code is theirs.
 
     Args:
-        errors: the errors, in the order in which the user typed their causes; at least one.
+        errors: at least one, in the order in which they shall be read.
 
     Raises:
         ValueError: when `errors` is empty.
     """
 
-    def __init__(self, errors: Iterable[ConfigError]) -> None:
-        self.errors: tuple[ConfigError, ...] = tuple(errors)
+    def __init__(self, errors: Iterable[HeatKVError]) -> None:
+        self.errors: tuple[HeatKVError, ...] = tuple(errors)
         if not self.errors:
-            raise ValueError("ConfigErrors needs at least one error")
+            raise ValueError(f"{type(self).__name__} needs at least one error")
         super().__init__(
             "\n".join(error.message for error in self.errors),
             "\n".join(error.hint for error in self.errors if error.hint),
         )
+        self.exit_code = self.errors[0].exit_code
 
-    def __reduce__(self) -> tuple[type[ConfigErrors], tuple[tuple[ConfigError, ...]]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[Errors], tuple[tuple[HeatKVError, ...]]]:  # type: ignore[override]
         """Pickle with the errors themselves."""
         return type(self), (self.errors,)
+
+
+class ConfigErrors(Errors, ConfigError):  # noqa: N818 - it is several
+    """Several configuration errors, in the order in which the user typed their causes."""
+
+
+def raise_all(errors: Sequence[HeatKVError]) -> None:
+    """Raise what was collected: nothing, the one error, or all of them together, each once."""
+    unique = list({(error.message, error.hint): error for error in errors}.values())
+    if len(unique) == 1:
+        raise unique[0]
+    if unique:
+        raise (ConfigErrors if all(isinstance(error, ConfigError) for error in unique) else Errors)(unique)
 
 
 class SetupError(HeatKVError):
@@ -83,8 +96,8 @@ class ArtifactError(HeatKVError):
     exit_code = 4
 
 
-class GPUMemoryError(HeatKVError):
-    """The device is out of memory; the hint names the next smaller batch or resolution."""
+class MemoryLimitError(HeatKVError):
+    """The device, or the host, is out of memory; the hint names the next smaller batch."""
 
     exit_code = 5
 
@@ -101,8 +114,8 @@ EXIT_CODES: dict[int, str] = {
     ConfigError.exit_code: "configuration: an option, an override, a budget",
     SetupError.exit_code: "setup: a package, weights, data or a device is missing",
     ArtifactError.exit_code: "artifact: a file is unreadable or made for another model",
-    GPUMemoryError.exit_code: "out of device memory",
-    PartialResultError.exit_code: "finished, but some budgets cannot be met, or images or metrics failed",
+    MemoryLimitError.exit_code: "out of memory",
+    PartialResultError.exit_code: "finished, but some budgets cannot be met, or runs, images or metrics failed",
     INTERRUPTED: "interrupted; the same command goes on where it stopped",
 }
 """What each exit code means; `heatkv --help` and the README print this table."""
@@ -116,6 +129,6 @@ def did_you_mean(word: str, choices: Sequence[str]) -> str:
     >>> did_you_mean("x", ["full", "heatkv"])
     'available: full, heatkv'
     """
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word.lower(), choices, n=1, cutoff=0.6)
     available = f"available: {', '.join(choices)}" if choices else "nothing is available"
     return f"did you mean '{near[0]}'? {available}" if near else available

@@ -16,7 +16,7 @@ from typing import Any
 
 from heatkv_cli.config.groups import choices, read_yaml
 from heatkv_cli.config.typed import load_target
-from heatkv_cli.core.policy import Method
+from heatkv_cli.methods.base import Method
 from runs import markdown
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -45,10 +45,11 @@ def _line(name: str, content: dict[str, Any]) -> list[str]:
     kind: type[Method] = load_target(content["_target_"])
     number = _arxiv(content)
     paper = f"[{number}](https://arxiv.org/abs/{number})" if number else "-"
-    module = content["_target_"].rpartition(".")[0].removeprefix("heatkv_cli.").replace(".", "/")
+    source = Path(str(inspect.getsourcefile(kind))).relative_to(README.parent / "heatkv_cli")
+    module = str(source.parent if source.name == "__init__.py" else source)
     method = kind(**{field.name: content[field.name] for field in fields(kind) if field.name in content})
     needs = "yes" if method.calibrated else "no"
-    return [f"`{name}`", str(content["note"]), paper, kind.granularity, needs, _timing(content), f"`{module}.py`"]
+    return [f"`{name}`", str(content["note"]), paper, kind.granularity, needs, _timing(content), f"`{module}`"]
 
 
 def _timing(content: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 
 from heatkv_cli.config.groups import read_yaml
 from heatkv_cli.metrics.intervals import Interval, crossed_interval, paired_interval
-from heatkv_cli.results import read_csv
+from heatkv_cli.pipeline.rows import SCORE_FIELDS
+from heatkv_cli.results import parse_lines, read_csv
 
 Row = Mapping[str, str]
 SEEDS = ("order_seed", "query_seed")
@@ -76,7 +77,8 @@ def load_runs(out: Path) -> list[Run]:
 
 def _scores(folder: Path) -> dict[str, dict[str, tuple[float, str]]]:
     found: dict[str, dict[str, tuple[float, str]]] = {}
-    for row in read_csv(folder / "scores.csv"):
+    path = folder / "scores.jsonl"
+    for row in parse_lines(path, path.read_bytes(), SCORE_FIELDS) if path.exists() else ():
         found.setdefault(row["metric"], {})[row["image_id"]] = (float(row["value"]), row["stratum"])
     return found
 

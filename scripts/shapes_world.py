@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from heatkv_cli.metrics.shapes import GROUNDS, PALETTE, SHAPES
+from heatkv_cli.metrics.objects.shapes import GROUNDS, PALETTE, SHAPES
 
 CELLS = 10
 SIDE = 80

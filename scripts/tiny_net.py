@@ -88,9 +88,7 @@ class TrainingAttention:
         mask = torch.where(level[:, None] >= level[None], 0.0, -torch.inf).to(dtype)
         self.spans = [(0, len(level), mask), *((a, b, None) for a, b in pairwise(ends[merged - 1 :]))]
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         return BlockCausal.apply(q, k, v, self.spans)
 
 
@@ -186,9 +184,7 @@ class FullAttention:
     def __init__(self) -> None:
         self.past: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         if layer in self.past:
             k, v = (torch.cat(pair, 2) for pair in zip(self.past[layer], (k, v), strict=True))
         self.past[layer] = k, v

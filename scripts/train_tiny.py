@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import heatkv_cli
 from heatkv_cli.metrics.base import Sample
-from heatkv_cli.metrics.shapes import ShapesScore
+from heatkv_cli.metrics.objects.shapes import ShapesScore
 from heatkv_cli.models.infinity.load import save_bundle
 from heatkv_cli.models.infinity.tokenizer import Tokenizer, resize
 from heatkv_cli.models.infinity.transformer import Block

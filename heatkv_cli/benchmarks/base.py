@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,11 +19,16 @@ from typing import Any
 
 from heatkv_cli.benchmarks.formats import read_official
 from heatkv_cli.errors import ConfigError, SetupError, did_you_mean
+from heatkv_cli.results import check_path, load_json, read_regular
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 FORMATS = ("txt", "jsonl", "csv")
 DATA = "HEATKV_DATA"
 """Names the folder with the files of benchmarks; without it they are looked for in ``data``."""
+MOST_SAMPLES = 10_000
+"""Images of one prompt."""
+LONGEST_ID = 200
+"""Bytes of a prompt's id, which names files."""
 ORIGINAL = "original_prompt"
 """Where a prompt was rewritten, the entry of ``meta`` that holds it as it was: metrics judge by that."""
 
@@ -50,18 +54,6 @@ class PromptSet:
     def __len__(self) -> int:
         """Number of prompts."""
         return len(self.items)
-
-    def head(self, limit: int | None) -> PromptSet:
-        """The first ``limit`` prompts; all of them for None.
-
-        Raises:
-            ConfigError: ``limit`` is less than 1.
-        """
-        if limit is None:
-            return self
-        if limit < 1:
-            raise ConfigError(f"limit must be at least 1, got {limit}", "use --limit all for every prompt")
-        return replace(self, items=self.items[:limit])
 
 
 @dataclass(frozen=True)
@@ -109,7 +101,6 @@ class Benchmark:
         source: where the file can be had, for messages.
         hub: where the hub has it; None where it is not there.
         samples_per_prompt: images per prompt.
-        default_metrics: names of ``conf/metric`` that ``eval`` uses when none is asked for.
         id_field, prompt_field: keys of a jsonl line or columns of a csv file.
     """
 
@@ -124,7 +115,6 @@ class Benchmark:
     source: str = ""
     hub: OnHub | None = None
     samples_per_prompt: int = 1
-    default_metrics: tuple[str, ...] = ()
     id_field: str = "id"
     prompt_field: str = "prompt"
 
@@ -132,14 +122,15 @@ class Benchmark:
         """Check what no file is needed for.
 
         Raises:
-            ConfigError: ``samples_per_prompt`` is less than 1.
+            ConfigError: a number out of range.
         """
-        object.__setattr__(self, "default_metrics", tuple(self.default_metrics))
-        if self.samples_per_prompt < 1:
+        if not 1 <= self.samples_per_prompt <= MOST_SAMPLES:
             raise ConfigError(
-                f"benchmark {self.name}: samples_per_prompt must be at least 1, got {self.samples_per_prompt}",
-                "set benchmark.samples_per_prompt=1",
+                f"benchmark {self.name}: samples_per_prompt is {self.samples_per_prompt}",
+                f"1 to {MOST_SAMPLES}: benchmark.samples_per_prompt=1",
             )
+        if self.count is not None and self.count < 1:
+            raise ConfigError(f"benchmark {self.name}: count is {self.count}", "benchmark.count=null takes any number")
 
     @property
     def path(self) -> Path:
@@ -155,16 +146,27 @@ class Benchmark:
             ConfigError: as ``load_prompts``; an unknown category; a prompt without its rewriting.
         """
         path = self.path
+        check_path(path)
         if self.source and not path.exists():
             fetch = f"heatkv download benchmark={self.name}, or get it from" if self.hub else "get it from"
             raise SetupError(
                 f"benchmark {self.name}: {path} is missing ({DATA} is {os.environ.get(DATA) or 'not set'})",
                 f"{fetch} {self.source} and put it there, or set benchmark.file",
             )
+        if not path.exists():
+            also = "" if Path(self.file) == path else f", nor {path}"
+            raise SetupError(
+                f"benchmark {self.name}: there is no {self.file}{also}",
+                "check benchmark.file; relative paths start at the current folder",
+            )
         prompts = load_prompts(
-            path, name=self.name, version=self.version, id_field=self.id_field, prompt_field=self.prompt_field,
+            path,
+            name=self.name,
+            version=self.version,
+            id_field=self.id_field,
+            prompt_field=self.prompt_field,
             kind=self.format,
-        )  # fmt: skip
+        )
         if self.sha256 is not None and prompts.sha256 != self.sha256:
             raise SetupError(
                 f"benchmark {self.name}: {path} has sha256 {prompts.sha256}, expected {self.sha256}",
@@ -194,9 +196,10 @@ class Benchmark:
         if self.rewrites is None:
             return prompts
         path = below_data(self.rewrites)
+        check_path(path)
         try:
-            data = path.read_bytes()
-            table = json.loads(data)
+            data = read_regular(path)
+            table = load_json(data)
         except OSError as error:
             raise SetupError(f"cannot read {path}: {error.strerror or error}", "check benchmark.rewrites") from error
         except ValueError as error:
@@ -218,11 +221,16 @@ class Benchmark:
 
 
 def below_data(file: str) -> Path:
-    """``file`` as it is where it exists or is absolute, else below the folder of benchmark files."""
-    path = Path(file).expanduser()
+    """Return ``file`` itself where it is there, absolute or starts with a dot; else below the benchmarks' folder.
+
+    Raises:
+        SetupError: the system cannot look at such a path.
+    """
+    path = Path(os.path.expanduser(file))
+    check_path(path)
     if path.is_absolute() or path.exists() or file.startswith("."):
         return path
-    return Path(os.environ.get(DATA) or "data").expanduser() / path
+    return Path(os.path.expanduser(os.environ.get(DATA) or "data")) / path
 
 
 def is_bare(file: str) -> bool:
@@ -264,12 +272,13 @@ def load_prompts(
     kind = path.suffix.removeprefix(".").lower()
     if kind not in FORMATS:
         raise ConfigError(f"prompt list {path} has an unknown ending '{path.suffix}'", did_you_mean(kind, FORMATS))
+    check_path(path)
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         raise SetupError(
             f"cannot read prompt list {path}: {error.strerror or error}",
-            "check benchmark.file; relative paths start at the current folder",
+            f"check benchmark.file; relative paths start at the current folder, then at {DATA}",
         ) from error
     try:
         text = data.decode("utf-8-sig")
@@ -297,7 +306,9 @@ def _items(
             raise _malformed(path, line, f"'{prompt_field}' is missing, blank or no text")
         raw = row.pop(id_field, None)
         if raw is not None and not _is_id(raw):
-            raise _malformed(path, line, f"'{id_field}' must be a whole number or text without / and \\, got {raw!r}")
+            shown = repr(raw) if len(repr(raw)) < 80 else f"{repr(raw)[:80]}..."
+            words = f"a whole number or text without / and \\, at most {LONGEST_ID} bytes"
+            raise _malformed(path, line, f"'{id_field}' must be {words}, got {shown}")
         key = f"{len(items):05d}" if raw is None else str(raw)
         if key in line_of:
             raise ConfigError(
@@ -311,9 +322,11 @@ def _items(
 
 def _is_id(raw: object) -> bool:
     """Ids name files, so they hold no path separators and do not start with a dot."""
-    if isinstance(raw, str):
-        return bool(raw.strip()) and raw.isprintable() and not raw.startswith(".") and not set(raw) & set("/\\")
-    return isinstance(raw, int) and not isinstance(raw, bool)
+    if isinstance(raw, int):
+        return not isinstance(raw, bool) and abs(raw) < 10**18
+    if not isinstance(raw, str) or len(raw.encode("utf-8", "replace")) > LONGEST_ID:
+        return False
+    return bool(raw.strip()) and raw.isprintable() and not raw.startswith(".") and not set(raw) & set("/\\")
 
 
 def _read_txt(path: Path, text: str, prompt_field: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -328,7 +341,7 @@ def _read_jsonl(path: Path, text: str, prompt_field: str) -> Iterator[tuple[int,
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw)
+            row = load_json(raw)
         except ValueError as error:
             raise _malformed(path, line, f"not JSON: {error}") from error
         if not isinstance(row, dict):

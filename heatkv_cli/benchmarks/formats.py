@@ -7,12 +7,12 @@ benchmark is a folder, its digest is of the names and digests of the files that 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from heatkv_cli.errors import ConfigError, SetupError, did_you_mean
+from heatkv_cli.results import load_json, read_regular
 
 Rows = list[dict[str, Any]]
 STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -44,7 +44,7 @@ def read_official(path: Path, kind: str) -> tuple[Rows, str]:
 
     try:
         rows = READERS[kind](path, text)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"{path} is not of the form {kind}: {reason}", "get the original file again") from error
     if len(digests) == 1 and path.is_file():
@@ -54,7 +54,7 @@ def read_official(path: Path, kind: str) -> tuple[Rows, str]:
 
 def _bytes(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_regular(file)
     except OSError as error:
         raise SetupError(
             f"cannot read {file}: {error.strerror or error}", "get the benchmark's files, or set benchmark.file"
@@ -70,7 +70,7 @@ def coco_captions(path: Path, text: Text) -> Rows:
 
     Source: the selection of DistriFusion's and ScaleKV's COCO scripts (``captions[0]`` of the validation set).
     """
-    content = json.loads(text(path))
+    content = load_json(text(path))
     first: dict[int, dict[str, Any]] = {}
     for annotation in content["annotations"]:
         first.setdefault(annotation["image_id"], annotation)
@@ -85,20 +85,20 @@ def hpdv2(path: Path, text: Text) -> Rows:
     """HPDv2's ``benchmark`` folder: one JSON list of prompts per style; ``style`` and the place in it are kept."""
     rows = []
     for style in STYLES:
-        for i, prompt in enumerate(json.loads(text(path / f"{style}.json"))):
+        for i, prompt in enumerate(load_json(text(path / f"{style}.json"))):
             rows.append({"id": f"{style}-{i:05d}", "prompt": prompt, "style": style, "style_index": i})
     return rows
 
 
 def image_reward(path: Path, text: Text) -> Rows:
     """ImageReward's ``benchmark-prompts.json``: a list of objects with ``id`` and ``prompt``."""
-    return [{"id": row["id"], "prompt": row["prompt"]} for row in json.loads(text(path))]
+    return [{"id": row["id"], "prompt": row["prompt"]} for row in load_json(text(path))]
 
 
 def mjhq(path: Path, text: Text) -> Rows:
     """MJHQ-30K's ``meta_data.json``: an object of id to prompt and ``category``; images are ``<category>/<id>.jpg``."""
     return [
-        {"id": key, "prompt": row["prompt"], "category": row["category"]} for key, row in json.loads(text(path)).items()
+        {"id": key, "prompt": row["prompt"], "category": row["category"]} for key, row in load_json(text(path)).items()
     ]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image as Pixels
 
 from heatkv_cli.benchmarks.base import ORIGINAL, PromptItem
+from heatkv_cli.benchmarks.formats import STYLES
 from heatkv_cli.errors import ArtifactError, ConfigError
 from heatkv_cli.results import sha256_file, write_file
 
@@ -34,7 +35,7 @@ class Picture:
 def check_geneval(prompts: Sequence[PromptItem], samples: int) -> None:
     """Raise a ConfigError unless every prompt has what GenEval's scorer reads; it takes any number of images."""
     for item in prompts:
-        if not {"tag", "include"} <= set(item.meta):
+        if not isinstance(item.meta.get("tag"), str) or not isinstance(item.meta.get("include"), list):
             raise ConfigError(f"prompt {item.id} is not of GenEval's list", "use a run of benchmark=geneval")
 
 
@@ -102,13 +103,21 @@ def read_geneval(folder: Path) -> list[Picture]:
 
 
 def check_hpsv2(prompts: Sequence[PromptItem], samples: int) -> None:
-    """Raise a ConfigError unless every prompt has its place in HPSv2's folder, and one image."""
+    """Raise a ConfigError unless every prompt has a place of its own in HPSv2's folder, and one image."""
+    seen: dict[tuple[str, int], str] = {}
     for item in prompts:
-        if samples != 1 or not {"style", "style_index"} <= set(item.meta):
+        style, index = item.meta.get("style"), item.meta.get("style_index")
+        if samples != 1 or style not in STYLES or type(index) is not int or not 0 <= index < 100_000:
             raise ConfigError(
                 f"prompt {item.id}, {samples} images: HPSv2's folder has one image a prompt, of its list",
                 "use a run of benchmark=hpsv2 with one sample per prompt",
             )
+        if (style, index) in seen:
+            raise ConfigError(
+                f"prompts {seen[style, index]} and {item.id} have one place in HPSv2's folder: {style} {index}",
+                "give every prompt a style_index of its own",
+            )
+        seen[style, index] = item.id
 
 
 def write_hpsv2(pictures: Iterable[Picture], folder: Path, jpeg_quality: int | None = None) -> int:

@@ -8,7 +8,7 @@ commands (`stages`, `score`, `about`, `files`); importing it here puts them into
 from __future__ import annotations
 
 from heatkv_cli.cli import stages, score, about, files  # isort: skip
-from heatkv_cli.cli.app import main, run
+from heatkv_cli.cli.app import run
 from heatkv_cli.cli.options import complete_override
 
-__all__ = ["about", "complete_override", "files", "main", "run", "score", "stages"]
+__all__ = ["about", "complete_override", "files", "run", "score", "stages"]

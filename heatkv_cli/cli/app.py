@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from heatkv_cli import __version__
-from heatkv_cli.errors import EXIT_CODES, INTERRUPTED, ConfigError
+from heatkv_cli.errors import EXIT_CODES, ConfigError
+from heatkv_cli.interrupts import INTERRUPTED
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())
 _HELP = """KV-cache compression for visual autoregressive image models, measured in bytes that are really freed.
@@ -65,20 +66,47 @@ def run(argv: Sequence[str] | None = None) -> int:
         code = app(args=argv, prog_name="heatkv", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader has seen enough; nothing to complain about
-        return 1
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        context = getattr(error, "ctx", None)
-        path = context.command_path if context is not None else "heatkv"
-        typer.echo(f"error: {error.format_message()}", err=True)
-        typer.echo(f"fix: {path} -h lists the options; overrides have no dashes: key=value", err=True)
-        return int(getattr(error, "exit_code", ConfigError.exit_code))
+        return _usage(error, sys.argv[1:] if argv is None else argv)
     return code if isinstance(code, int) else 0
 
 
-def main() -> None:
-    """Entry point of the `heatkv` command."""
-    sys.exit(run())
+_KEYS = {
+    "seed": "seed=0",
+    "device": "runtime=gpu, or runtime=cpu",
+    "gpu": "runtime=gpu",
+    "metric": "metric=kl,psnr",
+    "metrics": "metric=kl,psnr",
+    "prompts": "benchmark=prompts benchmark.file=FILE",
+    "prompt": "benchmark=prompts benchmark.file=FILE",
+    "rho": "rho=0.7",
+    "batch-size": "runtime.batch_size=8",
+    "threads": "runtime.threads=2",
+    "resolution": "resolution=1M",
+    "experiment": "experiment=demo",
+    "schedule": "schedule=FILE",
+    "calibration": "calibration=FILE",
+    "memory": "memory=24GiB",
+}
+"""Keys that people take for options, and how they are written."""
+
+
+def _usage(error: Any, argv: Sequence[str]) -> int:
+    """Say what is wrong with the words of a command line."""
+    from heatkv_cli.console import Console
+    from heatkv_cli.errors import HeatKVError
+
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "heatkv"
+    option = str(getattr(error, "option_name", "")).lstrip("-")
+    fix = f"{path} -h lists the options; overrides have no dashes: key=value"
+    if option in _KEYS:
+        fix = f"it is an override, without dashes: {_KEYS[option]}"
+    code = int(getattr(error, "exit_code", ConfigError.exit_code))
+    console = Console(as_json="--json" in argv)
+    console.error(HeatKVError(error.format_message(), fix))
+    errors = [{"error": error.format_message(), "fix": fix}]
+    console.result({"status": "error", "exit_code": code, "errors": errors})
+    return code

@@ -63,7 +63,11 @@ Benchmark = Annotated[
 ]
 Limit = Annotated[
     Optional[str],
-    typer.Option("--limit", help="First N prompts only (64 unless told); all for every prompt.", metavar="N"),
+    typer.Option(
+        "--limit",
+        help="First N prompts only (64, or all of a benchmark that is named); all for every prompt.",
+        metavar="N",
+    ),
 ]
 Shard = Annotated[Optional[str], typer.Option("--shard", help="Share the work: this is process I of N.", metavar="I/N")]
 Orders = Annotated[
@@ -71,6 +75,7 @@ Orders = Annotated[
 ]
 Out = Annotated[Optional[str], typer.Option("--out", "-o", help="Folder for everything written.", metavar="DIR")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and what is missing; touch nothing.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Run a large model on a CPU all the same.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Results, warnings and errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More details.")]

@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from heatkv_cli import interrupts
 from heatkv_cli.cli.app import app
 from heatkv_cli.cli.options import Debug, Json, Out, Overrides, Quiet, Verbose, Weights
 from heatkv_cli.errors import PartialResultError
@@ -55,8 +56,10 @@ def score(
         plan = compose(overrides or [], command="score", options={"weights": weights, "out": out})
         sources = Sources(images, reference, prompts)
         outcome.again, outcome.folder = command_line(plan, sources), plan.first.out
-        ensure_writable(plan.first.out)
-        document = run(plan, console, sources)
+        with interrupts.orderly():
+            ensure_writable(plan.first.out)
+            document = run(plan, console, sources)
+            interrupts.check()
         console.result({"status": "done", "command": outcome.again, **document})
         outcome.code = PartialResultError.exit_code if document.get("incomplete") else 0
     raise typer.Exit(outcome.code)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from heatkv_cli import interrupts
 from heatkv_cli.cli.app import app
 from heatkv_cli.cli.options import (
     Benchmark,
@@ -26,8 +27,9 @@ from heatkv_cli.cli.options import (
     Shard,
     Verbose,
     Weights,
+    Yes,
 )
-from heatkv_cli.errors import PartialResultError, SetupError
+from heatkv_cli.errors import PartialResultError
 
 if TYPE_CHECKING:
     from heatkv_cli.config import Plan
@@ -42,6 +44,7 @@ def calibrate(
     weights: Weights = None,
     out: Out = None,
     dry_run: DryRun = False,
+    yes: Yes = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -57,6 +60,7 @@ def calibrate(
     Writes OUT/calibration/NAME/calibration.safetensors and prints how stable the head orders are.
     """
     options = {"model": model, "benchmark": benchmark, "weights": weights, "out": out}
+    options["yes"] = "true" if yes else None
     _stage("calibrate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
@@ -99,6 +103,7 @@ def generate(
     weights: Weights = None,
     out: Out = None,
     dry_run: DryRun = False,
+    yes: Yes = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -116,6 +121,7 @@ def generate(
     """
     options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
     options |= {"limit": limit, "shard": shard, "weights": weights, "out": out}
+    options["yes"] = "true" if yes else None
     _stage("generate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
@@ -131,6 +137,7 @@ def evaluate(
     weights: Weights = None,
     out: Out = None,
     dry_run: DryRun = False,
+    yes: Yes = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -149,6 +156,7 @@ def evaluate(
     """
     options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
     options |= {"limit": limit, "shard": shard, "weights": weights, "out": out}
+    options["yes"] = "true" if yes else None
     _stage("eval", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
@@ -204,17 +212,17 @@ def _stage(
         plan = compose(overrides or [], command=command, options=options, dry_run=dry_run)
         outcome.again, outcome.folder = plan.command_line, plan.first.out
         if dry_run:
-            from heatkv_cli.doctor import preview
+            from heatkv_cli.planning.preview import preview
 
             document = preview(plan, console)
-            if document["missing"]:
-                outcome.code = SetupError.exit_code
-            elif document["infeasible"]:
-                outcome.code = PartialResultError.exit_code
+            outcome.code = document["exit_code"]
             console.result(document)
         else:
-            ensure_writable(plan.first.out)
-            document = _stage_function(command)(plan, console)
+            stage = _stage_function(command)
+            with interrupts.orderly():
+                ensure_writable(plan.first.out)
+                document = stage(plan, console)
+                interrupts.check()
             following = _next_command(plan)
             about = {"status": "done", "command": plan.command_line, "seconds": round(console.elapsed, 3)}
             document = {**about, **document, "next": following}

@@ -9,7 +9,7 @@ are).
 from __future__ import annotations
 
 from heatkv_cli.config.compose import compose
-from heatkv_cli.config.groups import GROUPS, catalogue, choices, conf_dir
+from heatkv_cli.config.groups import GROUPS, catalogue, choices, conf_dir, read_yaml
 from heatkv_cli.config.leaves import (
     BenchmarkConfig,
     MethodConfig,
@@ -22,7 +22,7 @@ from heatkv_cli.config.leaves import (
 )
 from heatkv_cli.config.settings import Experiment, Plan, RunConfig, config_hash
 from heatkv_cli.config.sweep import PATH_KEYS
-from heatkv_cli.config.typed import build, build_leaf, raise_all
+from heatkv_cli.config.typed import build, build_leaf
 
 __all__ = [
     "GROUPS",
@@ -45,5 +45,5 @@ __all__ = [
     "compose",
     "conf_dir",
     "config_hash",
-    "raise_all",
+    "read_yaml",
 ]

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from heatkv_cli.config.check import typed_run, untrained
 from heatkv_cli.config.groups import GROUPS, check_choice, choices, conf_dir, read_yaml
-from heatkv_cli.config.settings import Experiment, Plan, RunConfig
+from heatkv_cli.config.settings import Experiment, Plan, RunConfig, config_hash
 from heatkv_cli.config.sweep import PATH_KEYS, SHORT, Axis, load_experiment, merge, parse_overrides, product, quote
-from heatkv_cli.config.typed import join, raise_all, show
-from heatkv_cli.errors import ConfigError, did_you_mean
+from heatkv_cli.config.typed import join, show
+from heatkv_cli.errors import ConfigError, did_you_mean, raise_all
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,16 +35,32 @@ CHOICES = {
 """Keys whose value is the name of a file, and the group it is chosen from."""
 
 _FIXED = (
-    *("_target_", "name", "needs", "budgetless", "paper", "note", "presets", "trained_at", "sketch"),
-    *("default_metrics", *_PROMPTS.values()),
+    "_target_",
+    "name",
+    "needs",
+    "budgetless",
+    "paper",
+    "note",
+    "presets",
+    "trained_at",
+    "sketch",
+    "world",
+    "default_metrics",
+    *_PROMPTS.values(),
 )
 """Keys below a group that belong to its file: reading them from elsewhere would not be seen, or would be a lie."""
+
+_MOVED = {"resamples": "bootstrap.resamples", "confidence": "bootstrap.confidence", "seed": "bootstrap.seed"}
+"""Keys that metrics had before the bootstrap became the run's."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {"bench": {"runtime.batch_size": 1}}
 """What a command starts from in place of the YAML files' values: latency is that of one image."""
 
 DRAWING = ("calibrate", "generate", "eval")
 """Commands that make images."""
+
+SWEEPING = ("calibrate", "build-schedule", "generate", "eval", "bench")
+"""Commands that take more than one run."""
 
 
 def compose(
@@ -79,16 +95,27 @@ def compose(
     # for calibrate, benchmark is the list of calibration prompts
     names = SHORT | ({"benchmark": "calibration_prompts"} if command == "calibrate" else {})
     keys = [axis.key for axis in typed]
-    errors += [ConfigError(f"{a} and {b} are both given", "they are the same: keep one")
-               for a, b in (*names.items(), ("budget", "rho")) if {a, b} <= set(keys)]  # fmt: skip
+    errors += [
+        ConfigError(f"{a} and {b} are both given", "they are two names of one key: keep one")
+        for a, b in names.items()
+        if {a, b} <= set(keys)
+    ]
+    if {"budget", "rho"} <= set(keys):
+        errors.append(
+            ConfigError("budget and rho are both given", "budget is the share kept, rho the share removed: keep one")
+        )
     typed = [axis.renamed(names) for axis in typed]
     defaults = [Axis(key, (((key, value),),)) for key, value in DEFAULTS.get(command, {}).items()]
-    axes = defaults + [axis.renamed(SHORT) for axis in axes]
-    runs: list[RunConfig] = []
-    for assignments in product(merge(axes, typed)):
+    axes = merge(defaults + [axis.renamed(SHORT) for axis in axes], typed)
+    named = frozenset(key for axis in axes for point in axis.points for key, _ in point)
+    if "benchmark" in named and "limit" not in named:  # a list that was named is meant whole
+        axes.append(Axis("limit", ((("limit", None),),)))
+    points: list[tuple[dict[str, Any], RunConfig]] = []
+    for assignments in product(axes):
         run = _compose_run(assignments, errors)
-        if run is not None and run not in runs:
-            runs.append(run)
+        if run is not None and all(run != other for _, other in points):
+            points.append((assignments, run))
+    runs = _distinct(points, command, errors)
     if command in DRAWING:
         errors += [refused for run in runs if (refused := untrained(run.model))]
     raise_all(errors)
@@ -100,7 +127,48 @@ def compose(
         raise ConfigError(
             f"method={name} has no budget: it keeps everything", f"leave the budget away with method={name}"
         )
-    return Plan(command, tuple(runs), texts, experiment, dry_run)
+    return Plan(command, tuple(runs), texts, experiment, dry_run, named)
+
+
+def _distinct(
+    points: Sequence[tuple[Mapping[str, Any], RunConfig]], command: str, errors: list[ConfigError]
+) -> list[RunConfig]:
+    """Return the runs; refuse sweeps whose points would be one piece of work, of which only the first would be done.
+
+    A calibration serves all methods and budgets, so `calibrate` takes their sweeps for one run.
+    """
+    seen: dict[str, Mapping[str, Any]] = {}
+    runs: list[RunConfig] = []
+    for assignments, run in points:
+        key = config_hash(_work(run, command))
+        if key not in seen:
+            seen[key] = assignments
+            runs.append(run)
+            continue
+        other = seen[key]
+        names = sorted(name for name in {*assignments, *other} if assignments.get(name) != other.get(name))
+        if command == "calibrate" and all(name.partition(".")[0] in ("method", "budget", "rho") for name in names):
+            continue
+        what = "takes one run" if command not in SWEEPING else f"makes the same for every value of {', '.join(names)}"
+        errors.append(
+            ConfigError(f"heatkv {command} {what}: this sweep has no points", "run the command once for each value")
+        )
+        break
+    return runs
+
+
+def _work(run: RunConfig, command: str) -> dict[str, Any]:
+    """What tells two pieces of a command's work apart."""
+    files = {key: str(getattr(run, key)) for key in ("calibration", "schedule", "orders", "weights")}
+    if command not in SWEEPING:
+        return {}
+    if command == "calibrate":
+        check = run.calibration_check.identity()
+        return {**run.calibration_identity(), "check": check, "file": files["calibration"]}
+    if command == "build-schedule":
+        parts = {"method": run.method.identity(), "budget": run.budget.text}
+        return {**run.calibration_identity(), **parts, **files}
+    return {**run.identity(), **files}
 
 
 def _experiment(typed: Sequence[Axis], errors: list[ConfigError]) -> tuple[Experiment | None, list[Axis]]:
@@ -233,6 +301,9 @@ def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigErr
                 ConfigError(f"'{key}' cannot be set", f"it belongs to the file of{owner[3:]}: choose another")
             )
             return
+        if part not in node and path[:1] == ["metric"] and depth == 2 and part in _MOVED:
+            errors.append(ConfigError(f"'{key}' is the run's now", f"{_MOVED[part]}={show(value)} serves all metrics"))
+            return
         if part not in node:
             if key in SHORT.values() and depth:
                 have = [name for name in choices("model") if part in read_yaml("model", name)]
@@ -245,7 +316,13 @@ def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigErr
             return
         if depth < len(path):
             node = node[part]
-    node[last] = value
+    if isinstance(node[last], dict) and not isinstance(value, dict):
+        below = [f"{key}.{name}" for name in node[last] if name not in _FIXED]
+        errors.append(ConfigError(f"'{key}' is a group of keys, not a value", f"set one of: {', '.join(below)}"))
+    elif isinstance(node[last], dict) or (isinstance(node[last], str) and last == "resolutions"):
+        errors.append(ConfigError(f"'{key}' cannot be set as a whole", f"set single keys below {key}"))
+    else:
+        node[last] = value
 
 
 def _owner(config: Mapping[str, Any], group: str) -> str:

@@ -1,6 +1,7 @@
-"""What the files of conf/ hold: one frozen dataclass per config group. The comment beside a field says what it means.
+"""What the files of conf/ hold: one frozen dataclass per config group, and the object that each leaf names.
 
-Pure Python: no hydra, no torch, no file is opened here.
+Pure Python: no hydra, no torch, no file is opened here. `object` is filled by `config.check`, which builds the leaves
+when a run is composed, so that what is wrong with a parameter is told with all other errors.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class ModelConfig:
         default_benchmark: what `generate` and `eval` use when no benchmark is named.
         calibration_prompts: the benchmark whose prompts `calibrate` uses.
         calibration_check: a second list, whose orders `calibrate` compares with the first one's.
+        world: what a model that knows nothing else was trained on (`shapes`); "" for any subject.
         sketch: dotted path of the function that makes its shape without weights, for byte plans.
         weights: files, digests, licences.
         params: the remaining arguments of `target`.
@@ -99,6 +101,7 @@ class ModelConfig:
     trained_at: tuple[str, ...] = ()
     force_resolution: bool = False
     preset: str = ""
+    world: str = ""
     sketch: str = ""
     weights: Weights = field(default_factory=Weights)
     params: dict[str, Any] = field(default_factory=dict)
@@ -153,18 +156,18 @@ class MethodConfig:
     Args:
         name: CLI value and CSV cell.
         target: dotted path of the method's dataclass.
-        needs: "calibration" where the method reads a calibration artifact, else None.
         budgetless: the method has no budget, it always keeps everything (`full`).
         params: the paper's parameters; every other key of the YAML.
+        object: the method itself.
     """
 
     name: str
     target: str
-    needs: Literal["calibration"] | None = None
     budgetless: bool = False
     params: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
     note: str = ""
+    object: Any = field(default=None, compare=False, repr=False)
 
     def identity(self) -> dict[str, Any]:
         """What of the method can change an image."""
@@ -180,16 +183,20 @@ class BenchmarkConfig:
         target: dotted path of the class or function that reads the prompts.
         version: changes whenever a prompt changes.
         default_metrics: what `eval` computes when no metric is named.
+        world: models of this world alone can draw it; "" is for all.
         params: every other key of the YAML.
+        object: the benchmark itself; its files are not read yet.
     """
 
     name: str
     target: str
     version: str
     default_metrics: tuple[str, ...] = ()
+    world: str = ""
     params: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
     note: str = ""
+    object: Any = field(default=None, compare=False, repr=False)
 
     def identity(self) -> dict[str, Any]:
         """What of the benchmark can change an image; not where its files can be fetched."""
@@ -206,6 +213,7 @@ class MetricConfig:
         target: dotted path of the metric's class.
         needs: the pass it reads: "free", "layout" or "forced"; None where the class itself says it.
         params: every knob that changes the number; every other key of the YAML.
+        object: the metric itself.
     """
 
     name: str
@@ -214,6 +222,7 @@ class MetricConfig:
     params: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
     note: str = ""
+    object: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -221,18 +230,24 @@ class RuntimeConfig:
     """`conf/runtime/<name>.yaml`.
 
     Args:
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; "auto", a GPU where there is one, is resolved when the run is composed.
         device_index: which GPU; never part of a hash.
         threads: CPU threads of torch; None leaves torch's own choice; never part of a hash.
-        attention: back end of ragged attention; "varlen" needs CUDA, "masked" is the slow dense oracle.
+        attention: back end of ragged attention; "varlen" needs CUDA, "masked" is the slow dense oracle; "auto" is
+            resolved when the run is composed.
         batch_size: prompts per batch (guidance doubles the rows).
     """
 
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     device_index: int = 0
     threads: int | None = None
     attention: Literal["auto", "grouped", "varlen", "masked"] = "auto"
     batch_size: int = 8
+
+    @property
+    def torch_device(self) -> str:
+        """torch's name of the device: "cpu", "cuda:1"."""
+        return f"cuda:{self.device_index}" if self.device == "cuda" else "cpu"
 
     def identity(self) -> dict[str, Any]:
         """What of the machinery can change a float, and so a pixel."""

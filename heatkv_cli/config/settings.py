@@ -1,7 +1,7 @@
 """What a run is: the frozen dataclasses that every command works on, and the hash that names its folder.
 
-Made by `config.compose` from YAML and overrides, read by the pipeline. Pure Python: no hydra, no torch, no file is
-opened here. The comment beside a field says where the user sets it.
+Made by `config.compose` from YAML and overrides, read by the pipeline. Pure Python: no hydra, no torch. The comment
+beside a field says where the user sets it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 from heatkv_cli.config.leaves import BenchmarkConfig, MethodConfig, MetricConfig, ModelConfig, RuntimeConfig
+from heatkv_cli.core.budget import Budget
+from heatkv_cli.metrics.bootstrap import Bootstrap
+from heatkv_cli.results.code import code_sha256, folder_files, module_files, run_code_sha256
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class RunConfig:
         model, method, benchmark, metrics, runtime: the chosen files of the config groups.
         reference: the method all others are compared with (`full`).
         calibration_prompts: the prompts of `calibrate`; calibration_check: those it compares its orders with.
-        budget: fraction kept, canonical text ("0.1", "21/6425"); None exactly where rho is given.
-        rho: HACK's compression ratio over all scales; None where budget is given.
+        budget: what may be kept, on whichever axis it was given (`budget`, `rho`).
+        bootstrap: how intervals are drawn.
         seed: of the run; each image derives its own.
         seed_mode: "hash" (default) or "paper" (seed + i, batch 1).
         limit: first prompts of the benchmark; None for all.
@@ -36,12 +39,14 @@ class RunConfig:
         weights: folder with files of models and metrics, None where none was named; `random`: see `random_weights`.
         text: where text features are kept; None for `out`/text.
         calibration, schedule: artifacts to use instead of those `out` holds.
-        orders: removal orders in the upstream file format, for `build-schedule`.
+        orders: published head orders in the calibration's place.
+        code: `same` uses images that this code has made, `any` those of earlier code too.
         memory: bytes that the byte plan shall fit; None where none were named.
         contact_sheet: columns of the picture `eval` ends with; 0 for none.
         repeats, warmup: measured and unmeasured passes of `bench`.
         noise_floor: `eval` also compares the reference with itself, with the dense attention back end or one prompt
             at a time; None leaves that out.
+        yes: run a large model on a CPU all the same.
     """
 
     model: ModelConfig
@@ -52,8 +57,8 @@ class RunConfig:
     calibration_check: BenchmarkConfig
     metrics: tuple[MetricConfig, ...]
     runtime: RuntimeConfig
-    budget: str | None
-    rho: float | None
+    budget: Budget
+    bootstrap: Bootstrap
     seed: int
     seed_mode: Literal["hash", "paper"]
     limit: int | None
@@ -64,21 +69,28 @@ class RunConfig:
     calibration: Path | None
     schedule: Path | None
     orders: Path | None
+    code: Literal["same", "any"]
     memory: int | None
     contact_sheet: int
     repeats: int
     warmup: int
     noise_floor: Literal["attention", "batch"] | None = None
-
-    @property
-    def budget_label(self) -> str:
-        """The budget as a piece of a file name: "0.1", "21of6425", "rho0.7"."""
-        return f"rho{self.rho:g}" if self.budget is None else self.budget.replace("/", "of")
+    yes: bool = False
 
     @property
     def random_weights(self) -> bool:
         """Whether weights are drawn, not read: real dimensions without files (`weights=random`)."""
         return self.weights is not None and str(self.weights) == "random"
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """The folder with files of models and metrics, None where none was named."""
+        return None if self.random_weights else self.weights
+
+    @property
+    def text_root(self) -> Path:
+        """Where text features are kept."""
+        return self.text or self.out / "text"
 
     @property
     def is_reference(self) -> bool:
@@ -90,22 +102,35 @@ class RunConfig:
 
         It always uses the default attention, so that `method=full runtime.attention=masked` measures the noise floor.
         """
-        runtime = replace(self.runtime, attention="auto")
         return replace(
-            self, method=self.reference, budget="1", rho=None, runtime=runtime,
-            calibration=None, schedule=None, orders=None,
-        )  # fmt: skip
+            self,
+            method=self.reference,
+            budget=Budget.parse("1"),
+            runtime=replace(self.runtime, attention="grouped"),
+            calibration=None,
+            schedule=None,
+            orders=None,
+        )
+
+    @property
+    def code_sha256(self) -> str:
+        """Digest of the code that can change an image: engine, toolkit, method with what it imports, model family."""
+        return run_code_sha256(self.method.target, self.model.target)
+
+    @property
+    def calibration_code_sha256(self) -> str:
+        """Digest of the code that can change a calibration."""
+        return code_sha256(folder_files("core") | folder_files("calibration") | module_files(self.model.target))
 
     def identity(self) -> dict[str, Any]:
-        """What can change an image (design, "Run hash"), as plain values for `config_hash`.
+        """What can change an image, as plain values for `config_hash`; the code that makes it is apart.
 
-        Digests of files are not known here; the pipeline adds those of weights, calibration and schedule.
+        Digests of files are not known here; the pipeline adds those of weights, calibration, plan and code.
         """
         return {
             "model": self.model.identity(),
             "method": self.method.identity(),
-            "budget": self.budget,
-            "rho": self.rho,
+            "budget": self.budget.text,
             "benchmark": self.benchmark.identity(),
             "runtime": self.runtime.identity(),
             "seed": self.seed,
@@ -124,14 +149,28 @@ class RunConfig:
 
     def name(self, digest: str) -> str:
         """Return the folder name and run id of this run for the hash `digest` of its full identity."""
-        return "-".join(
-            (self.model.name, self.method.name, self.budget_label, self.benchmark.name, digest[:8]),
-        )
+        return f"{self.stem}-{digest[:8]}"
+
+    @property
+    def stem(self) -> str:
+        """The run id without its hash."""
+        return "-".join((self.model.name, self.method.name, self.budget.slug, self.benchmark.name))
 
     def plain(self) -> dict[str, Any]:
         """Return all fields as JSON-able values, for `meta.json` and `--dry-run`."""
-        values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        return values
+        bare = {name: replace(getattr(self, name), object=None) for name in ("method", "reference")}
+        bare |= {name: replace(getattr(self, name), object=None) for name in _PROMPT_LISTS}
+        metrics = tuple(replace(metric, object=None) for metric in self.metrics)
+        values = asdict(replace(self, metrics=metrics, **bare))
+        for leaf in (*(values[name] for name in bare), *values["metrics"]):
+            del leaf["object"]
+        rho = self.budget.rho
+        values |= {"budget": self.budget.text if rho is None else None, "rho": None if rho is None else float(rho)}
+        plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return plain
+
+
+_PROMPT_LISTS = ("benchmark", "calibration_prompts", "calibration_check")
 
 
 @dataclass(frozen=True)
@@ -153,6 +192,7 @@ class Plan:
         overrides: what the user typed, options included, as overrides.
         experiment: the experiment the runs come from, if any.
         dry_run: show, but touch nothing.
+        named: keys that were set, by the user or by the experiment.
     """
 
     command: str
@@ -160,10 +200,11 @@ class Plan:
     overrides: tuple[str, ...] = ()
     experiment: Experiment | None = None
     dry_run: bool = False
+    named: frozenset[str] = field(default_factory=frozenset)
 
     @property
     def first(self) -> RunConfig:
-        """The first run; what all runs share (out, limit, shard, seed) may be read from it."""
+        """The first run; what all runs share (out, limit, shard) may be read from it."""
         return self.runs[0]
 
     @property

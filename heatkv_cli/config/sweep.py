@@ -25,6 +25,9 @@ SHORT = {key: f"model.{key}" for key in ("preset", "resolution", "aspect_ratio",
 LIST_KEYS = ("metric",)
 """Keys whose comma list is a value, not a sweep."""
 
+MOST_POINTS = 10_000
+"""Values of one axis."""
+
 _QUOTE = "quote a value that holds special characters: 'key=\"...\"'"
 
 Point = tuple[tuple[str, Any], ...]
@@ -87,15 +90,18 @@ def _parse(text: str) -> Axis:
         if override.is_delete() or override.package is not None or not override.value_type:
             raise ConfigError(f"'{text}': keys can be set, not removed or moved", "write key=value")
         if override.is_sweep_override():
-            values = [parser.parse_override(f"{key}={item}").value() for item in override.sweep_string_iterator()]
+            items = list(itertools.islice(override.sweep_string_iterator(), MOST_POINTS + 1))
+            if len(items) > MOST_POINTS:
+                raise ConfigError(f"{key} has more than {MOST_POINTS} points", "sweep fewer values at once")
+            values = [parser.parse_override(f"{key}={item}").value() for item in items]
         else:
             values = [override.value()]
-    except HydraException as error:
+    except (HydraException, ValueError, ArithmeticError, TypeError) as error:  # range(0,3,0), a number of 5,000 digits
         key, _, value = text.partition("=")
         if key in PATH_KEYS:  # a path with a tilde or a blank, as shells hand it over
             return Axis(key, (((key, value),),))
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"cannot read the override '{text}': {reason}", _QUOTE) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(f"cannot read the override '{text[:200]}': {reason}", _QUOTE) from error
     if key in LIST_KEYS:
         values = [_flat(values)]
     return Axis(key, tuple(((key, value),) for value in values))

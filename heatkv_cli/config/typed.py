@@ -10,13 +10,14 @@ import dataclasses
 import importlib
 import inspect
 import os
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from heatkv_cli.errors import ConfigError, ConfigErrors, did_you_mean
+from heatkv_cli.errors import ConfigError, did_you_mean, raise_all
 
 T = TypeVar("T")
 
@@ -31,7 +32,9 @@ _WORDS: dict[Any, str] = {
 }
 
 
-def from_plain(cls: type[T], values: Mapping[str, Any], where: str, errors: list[ConfigError]) -> T | None:
+def from_plain(
+    cls: type[T], values: Mapping[str, Any], where: str, errors: list[ConfigError], skip: Collection[str] = ()
+) -> T | None:
     """Return a dataclass filled from plain values.
 
     Args:
@@ -39,6 +42,7 @@ def from_plain(cls: type[T], values: Mapping[str, Any], where: str, errors: list
         values: one value per field; fields with a default may be left out.
         where: key under which `values` stands ("model"), for messages; "" at the top.
         errors: every problem is appended here.
+        skip: fields that are known to be wrong, and told already; there is no object then.
 
     Returns:
         The object, or None where something was appended.
@@ -51,11 +55,19 @@ def from_plain(cls: type[T], values: Mapping[str, Any], where: str, errors: list
             errors.append(ConfigError(f"unknown key '{join(where, key)}'", did_you_mean(key, list(fields))))
     filled: dict[str, Any] = {}
     for name, spec in fields.items():
+        if name in skip:
+            continue
         if name in values:
             filled[name] = coerce(values[name], hints[name], join(where, name), errors)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             errors.append(ConfigError(f"'{join(where, name)}' is missing", f"it is {describe(hints[name])}"))
-    return cls(**filled) if len(errors) == before else None
+    if len(errors) > before or skip:
+        return None
+    try:
+        return cls(**filled)
+    except ConfigError as error:
+        errors.append(error)
+        return None
 
 
 def coerce(value: Any, hint: Any, where: str, errors: list[ConfigError]) -> Any:
@@ -90,10 +102,20 @@ def _convert(value: Any, hint: Any, where: str, errors: list[ConfigError]) -> An
     if hint is Path:
         return Path(os.path.expanduser(value)) if isinstance(value, (str, Path)) and str(value) else _MISSING
     if hint is float:
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _MISSING
+        return _number(value, where, errors)
     if hint in (int, str, bool, type(None)):
         return value if type(value) is hint else _MISSING
     return value  # Any, protocols, tensors: whoever uses it knows better
+
+
+def _number(value: Any, where: str, errors: list[ConfigError]) -> Any:
+    """A finite float; whole numbers are numbers."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return _MISSING
+    if abs(value) > sys.float_info.max or value != value:
+        errors.append(ConfigError(f"{where} is {show(value)}", "it must be a finite number"))
+        return None
+    return float(value)
 
 
 def _convert_union(value: Any, args: tuple[Any, ...], where: str, errors: list[ConfigError]) -> Any:
@@ -141,11 +163,16 @@ def describe(hint: Any) -> str:
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
+SHOWN = 200
+"""Characters of a value that a message repeats."""
+
+
 def show(value: Any) -> str:
-    """Return a value as a user would type it."""
+    """Return a value as a user would type it, cut where it is very long."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return repr(value)
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
 def join(where: str, key: str) -> str:
@@ -225,7 +252,7 @@ def build(
     taken = inspect.signature(factory).parameters
     context |= {key: value for key, value in (offers or {}).items() if key in taken and key not in (*params, *context)}
     errors: list[ConfigError] = []
-    arguments = _check_arguments(factory, params, where or target, set(context), errors)
+    arguments = check_arguments(factory, params, where or target, set(context), errors)
     raise_all(errors)
     try:
         result = factory(**arguments, **context)
@@ -239,9 +266,18 @@ def build(
     return result
 
 
-def _check_arguments(
+def check_arguments(
     factory: Any, params: Mapping[str, Any], where: str, given: set[str], errors: list[ConfigError]
 ) -> dict[str, Any]:
+    """Return the arguments of a class or function from plain values, typed; append what is wrong.
+
+    Args:
+        factory: what would be called.
+        params: what the user may set.
+        where: the key they stand under, for messages.
+        given: further arguments that the caller will pass.
+        errors: every problem is appended here.
+    """
     parameters = inspect.signature(factory).parameters
     kinds = {parameter.kind for parameter in parameters.values()}
     names = [
@@ -271,12 +307,3 @@ def _hints(factory: Any) -> dict[str, Any]:
         return typing.get_type_hints(source)
     except NameError:
         return {}
-
-
-def raise_all(errors: list[ConfigError]) -> None:
-    """Raise what was collected: nothing, the one error, or all of them together."""
-    unique = list({(error.message, error.hint): error for error in errors}.values())
-    if len(unique) == 1:
-        raise unique[0]
-    if unique:
-        raise ConfigErrors(unique)

@@ -1,7 +1,6 @@
-"""What every method and every model shares: scales, budgets, the slot pool, attention, schedules, artifacts.
+"""The engine: scales, budgets, the slot pool, the cache and its attention, the policy contract, the ledger.
 
-Pure torch, no third-party configuration or console. This layer knows no model, no method, no metric and no benchmark;
-it may import `results` and `errors` only. Reading order: `scales` (what is cached), `budget` (how much of it may stay),
-`orders` and `schedule` (which head-scale atoms go, and when), `artifacts` (the two files), `stability` (can a
-calibration be trusted).
+Pure torch. It knows no model, method, metric, benchmark or command. Reading order: `scales` (what is cached), `budget`
+(how much of it may stay), `policy` (who decides), `cache` (one visit from q, k, v to storage), `pool` and `table`
+(where tokens are), `attention`, `ledger` (what it cost), `timeline` (where time went).
 """

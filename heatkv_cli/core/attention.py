@@ -9,7 +9,7 @@ chunks of queries, never as one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -169,13 +169,6 @@ def _heads_of(x: Tensor, heads: Sequence[int], counts: Sequence[int]) -> Tensor:
         return beside(x, len(heads))
     parts = x.split(list(counts), 1)
     return torch.stack([parts[h] for h in heads], 1)
-
-
-def grouped_tokens(counts: Sequence[int], keys: Callable[[int], int]) -> int:
-    """The most tokens (heads x keys) that `packed_groups` and the kernel's own copy of them weigh at once."""
-    groups = by_length(counts)
-    several = len(groups) > 1
-    return max(len(heads) * (n * several + (keys(n) if keys(n) > n else 0)) for n, heads in groups)
 
 
 def packed(x: Tensor, chosen: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The only place where "10 %" gets a meaning.
 
 A budget is the fraction *kept*: peak bytes of persistent KV state over the bytes of the full cache of all scales but
-the last, same number format, same batch rows (design.md 5, specs/methods.md 6). It is held as an exact fraction, so
+the last, same number format, same batch rows. It is held as an exact fraction, so
 that the smallest feasible budget can be typed (`budget=21/6425`) and nothing depends on how a decimal rounds.
 """
 
@@ -82,6 +82,11 @@ class Budget:
     def as_float(self) -> float:
         """The ratio as the nearest double: what the official scheduler computes with."""
         return float(self.ratio)
+
+    @property
+    def override(self) -> str:
+        """The budget as it is typed: `budget=0.1`, `rho=0.7`."""
+        return f"budget={self.text}" if self.rho is None else self.text
 
     @property
     def slug(self) -> str:

@@ -6,9 +6,8 @@ dense], observers, policy after attention, pool, ledger. The last scale stores n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,9 +17,7 @@ from heatkv_cli.core.attention import (
     aligned,
     beside,
     grouped_attention,
-    grouped_tokens,
     joined,
-    kernel_keys,
     masked_attention,
     packed,
     packed_groups,
@@ -112,7 +109,6 @@ class KVCache:
         k: Tensor,
         v: Tensor,
         softmax_scale: float,
-        raw_query: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Attention of one layer at the current scale, and everything that follows from it.
 
@@ -120,7 +116,6 @@ class KVCache:
             layer: 0..L-1, in order within a scale.
             q, k, v: (B, H, N, D), exactly what attention multiplies.
             softmax_scale: factor of q k^T.
-            raw_query: handed on to the policy, see `Visit`.
 
         Returns:
             (B, H, N, D).
@@ -130,7 +125,7 @@ class KVCache:
             ValueError: tensors of another shape than the geometry says, or a policy's answer that makes no sense.
         """
         self._check(layer, q, k, v)
-        visit = Visit(layer, self.scale, q, k, v, softmax_scale, self.cond, self.geometry, self, raw_query)
+        visit = Visit(layer, self.scale, q, k, v, softmax_scale, self.cond, self.geometry, self)
         self._visit = visit
         with stage("policy"):
             before = self.policy.before_attend(visit)
@@ -189,9 +184,7 @@ class KVCache:
         visit = self._visiting(layer)
         assert visit is not None  # other layers have no queries to look with
         stored = self.pool.k.index_select(1, slots.to(self.pool.k.device, non_blocking=True))
-        keys = joined(beside(stored, len(heads)), visit.k, heads)
-        self.charge(stored.nbytes + keys.nbytes)
-        return keys
+        return joined(beside(stored, len(heads)), visit.k, heads)
 
     def view(self, layer: int, heads: Tensor | None = None) -> View:
         """Keys and values of [cache, current], heads padded to equal length; not to be written to."""
@@ -204,12 +197,7 @@ class KVCache:
         slots = table.slots.to(self.pool.k.device, non_blocking=True)
         sources = zip((self.pool.k, self.pool.v), current, strict=True)
         k, v = (aligned(x.index_select(1, slots), y, chosen, table, width) for x, y in sources)
-        self._working(positions.shape[1] * positions.shape[2] + len(slots))
         return View(k, v, positions)
-
-    def charge(self, nbytes: int) -> None:
-        """Book bytes that are alive beside the pool and the current scale."""
-        self._working(0, nbytes)
 
     def _visiting(self, layer: int) -> Visit | None:
         """The visit in progress, where it is this layer's."""
@@ -231,11 +219,8 @@ class KVCache:
             view = self.view(visit.layer)
             return masked_attention(visit.q, view.k, view.v, view.valid, visit.softmax_scale)
         if self.backend == "varlen":
-            stored = len(table.slots)
-            self._working(2 * stored + len(table.lengths) * count)
             history = self.pool.read(table.slots)
             return varlen_attention(visit.q, visit.k, visit.v, table.lengths, history, visit.softmax_scale)
-        self._working(table.copied_tokens(count, partial(kernel_keys, visit.q)))
         return grouped_attention(visit.q, visit.k, visit.v, self._history(table), visit.softmax_scale)
 
     def _attend_selection(self, visit: Visit, keep: Keep) -> Tensor:
@@ -252,23 +237,16 @@ class KVCache:
         if len(mask) > 1 or keep.merged is not None:
             self._attended = _Selection(keep, mask, k, v)
         if self.backend == "masked":
-            self._working(k.shape[1] + mask[0].numel())
             return masked_attention(visit.q, spread(k, mask), spread(v, mask), mask, visit.softmax_scale)
         none = visit.k[:, :, :0]
         if self.backend == "varlen":
             return varlen_attention(visit.q, none, none, counts, (k, v), visit.softmax_scale)
-        self._working(k.shape[1] + grouped_tokens(counts, partial(kernel_keys, visit.q)))
         return grouped_attention(visit.q, none, none, packed_groups(k, v, counts), visit.softmax_scale)
 
     def _history(self, table: LayerTable) -> Iterator[Group]:
         """Copies of a layer's stored tokens, group by group; holds on to none of them."""
         for heads, slots in table.groups():
             yield Group(heads, *(beside(stored, len(heads)) for stored in self.pool.read(slots)))
-
-    def _working(self, copied: int, scores: int = 0) -> None:
-        """Book the current scale, `copied` tokens (heads x tokens) and bytes of scores as alive beside the pool."""
-        current = 0 if self._visit is None else self._visit.k.shape[1] * self._visit.k.shape[2]
-        self.ledger.working(current + copied, scores)
 
     # ----------------------------------------------------------------------------------------------------- storage
 
@@ -334,7 +312,6 @@ class KVCache:
             slots = self.pool.take(int(current.sum()))
             visit = self._visit
             assert visit is not None  # only the visiting layer has a current scale
-            self._working(len(slots))
             self.pool.write(slots, packed(visit.k, current), packed(visit.v, current))
             table = table.appended(slots, self._current_positions(), current)
         self.tables[layer] = table
@@ -354,7 +331,6 @@ class KVCache:
     def _kept(self, keep: Keep, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values that a checked mask keeps, merged ones in their place; (B, number kept, D)."""
         counts, merged = mask[0].sum(-1).tolist(), keep.merged
-        self._working(2 * sum(counts))
         if merged is None:
             return self._copied(keep.layer, mask.expand(self.rows, -1, -1))
         expected = (self.rows, sum(counts[h] for h in merged.heads), self.geometry.head_dim)
@@ -363,7 +339,6 @@ class KVCache:
                 raise ValueError(f"Keep of layer {keep.layer}: merged {tuple(x.shape)}, expected {expected}")
         if len(merged.heads) == len(counts):
             return merged.k, merged.v
-        self._working(2 * sum(counts) + expected[1])
         k, v = self._copied(keep.layer, mask.expand(self.rows, -1, -1))
         places = torch.arange(sum(counts)).split(counts)
         index = torch.cat([places[h] for h in merged.heads]).to(k.device)

@@ -1,4 +1,12 @@
-"""What a generation cost: bytes by the definitions of design.md 5, attended tokens, and FLOPs of attention."""
+"""What a generation cost: bytes of the cache, attended tokens, and FLOPs of attention.
+
+All bytes are set against those of the full cache, K and V of every stored scale (`Geometry.full_bytes`):
+
+* live: of the tokens that are stored, the most after any visit;
+* alloc: of the pool that is allocated for them, the method's state included; the budget bounds it;
+* work: of the pool and of everything that a visit holds beside it, measured on one batch (`live_bytes.Watched`);
+* meta: of the tables that say which slot holds which token.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +27,8 @@ class Ledger:
         state_bytes: per stored token of one head and one row, beside K and V.
 
     Attributes:
-        live_peak, work_peak, meta_peak: bytes.
+        live_peak, meta_peak: bytes.
+        work_peak: bytes; None where the visits were not watched.
         attended_tokens: keys seen by the heads of one row, summed over all visits and heads.
         attention_flops: per scale, 4 D N_t multiplications and additions for every key a head attends to, all rows.
     """
@@ -29,7 +38,7 @@ class Ledger:
     pool_bytes: int
     state_bytes: int = 0
     live_peak: int = 0
-    work_peak: int = 0
+    work_peak: int | None = None
     meta_peak: int = 0
     attended_tokens: int = 0
     attention_flops: list[int] = field(init=False)
@@ -55,15 +64,9 @@ class Ledger:
         queries = self.geometry.schedule.lengths[scale]
         self.attention_flops[scale] += 4 * self.geometry.head_dim * self.rows * queries * sum(keys)
 
-    def working(self, tokens: int, scores: int = 0) -> None:
-        """What is alive beside the pool right now.
-
-        Args:
-            tokens: heads x tokens whose keys and values are: the current scale and copies.
-            scores: further bytes: keys without values, attention statistics, other tensors of a policy.
-        """
-        transient = tokens * self.rows * self.geometry.bytes_per_token + scores
-        self.work_peak = max(self.work_peak, self.alloc_bytes + transient)
+    def worked(self, transient: int) -> None:
+        """A watched visit held `transient` bytes beside the pool at its peak."""
+        self.work_peak = max(self.work_peak or 0, self.alloc_bytes + transient)
 
     def visited(self, used_slots: int, index_bytes: int) -> None:
         """A visit is over: `used_slots` are taken, tables of `index_bytes` describe them."""
@@ -72,14 +75,14 @@ class Ledger:
         self.meta_peak = max(self.meta_peak, index_bytes)
 
     def ratios(self) -> dict[str, float]:
-        """beta_live, beta_alloc, beta_work, beta_meta, and attended tokens as a number and a share of full's."""
+        """The betas, beta_work where it was measured; attended tokens and their share of full's."""
         full = self.geometry.full_bytes(self.rows)
         schedule = self.geometry.schedule
         everything = self.geometry.heads * sum(schedule.offsets[1:])
         return {
             "beta_live": self.live_peak / full,
             "beta_alloc": self.alloc_bytes / full,
-            "beta_work": self.work_peak / full,
+            **({} if self.work_peak is None else {"beta_work": self.work_peak / full}),
             "beta_meta": self.meta_peak / full,
             "attended_tokens": self.attended_tokens,
             "attended_ratio": self.attended_tokens / everything,

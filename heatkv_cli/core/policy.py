@@ -1,22 +1,20 @@
-"""The contracts between the cache and what decides: Method -> Policy -> Keep, and Observer.
+"""The contract between the cache and what decides: Visit -> Policy -> Keep, and Observer.
 
-A method is the paper: its parameters, and how budget and calibration become a plan. A policy is that plan at work in
-one generation: it sees each visit and answers with what to keep. It never touches storage.
+A policy is a method at work in one generation: it sees each visit and answers with what to keep. It never touches
+storage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.artifacts import Orders, Schedule
-from heatkv_cli.core.attention import chunk_queries, column_mass, of_heads, probabilities
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
+from heatkv_cli.core.attention import column_mass, of_heads, probabilities
 from heatkv_cli.core.scales import Geometry
 
 
@@ -37,11 +35,6 @@ class View:
         """bool (B or 1, H, N): real tokens."""
         return self.positions >= 0
 
-    @property
-    def tokens(self) -> int:
-        """H * N: what the copies weigh, padding included."""
-        return self.positions.shape[1] * self.positions.shape[2]
-
 
 class Candidates(Protocol):
     """Where a visit gets its view from; the cache."""
@@ -58,18 +51,13 @@ class Candidates(Protocol):
         """Positions alone: no keys or values are read."""
         ...
 
-    def charge(self, nbytes: int) -> None:
-        """Book bytes that a policy or observer holds for a moment; they go into beta_work."""
-        ...
-
 
 @dataclass(frozen=True)
 class Visit:
     """Layer `layer` processing scale `scale`.
 
     Shapes: q, k, v (B, H, N, D) of the current scale, exactly what attention multiplies (normalised, rotated).
-    `cond`: the conditional rows; the others are guidance. `raw_query`: makes the bare projection of q, (B, H, N, D)
-    without bias, normalisation, temperature and rotation, for methods that ask; None where the model has none to give.
+    `cond`: the conditional rows; the others are guidance.
     """
 
     layer: int
@@ -81,7 +69,6 @@ class Visit:
     cond: slice
     geometry: Geometry
     cache: Candidates
-    raw_query: Callable[[], Tensor] | None = None
 
     def view(self, heads: Tensor | None = None) -> View:
         """[cache, current] of this layer, copied together; for methods that look at values too.
@@ -103,12 +90,7 @@ class Visit:
         Args:
             queries: long (n,), indices of the current scale's queries; few (n <= 64).
         """
-
-        def look(q: Tensor, keys: Tensor) -> tuple[Tensor, int]:
-            found = probabilities(q, keys, self.softmax_scale)
-            return found, 2 * found.nbytes
-
-        return self.by_column(self._of(queries), look)
+        return self.by_column(self._of(queries), partial(probabilities, softmax_scale=self.softmax_scale))
 
     def column_mass(self, queries: Tensor | None = None, heads: Tensor | None = None) -> Tensor:
         """Attention received by each token of [cache, current], summed over queries; float32 (B, heads, N).
@@ -119,18 +101,13 @@ class Visit:
             queries: long (n,), indices of the current scale's queries; None is all of them.
             heads: long, of which; None is all of them.
         """
-
-        def look(q: Tensor, keys: Tensor) -> tuple[Tensor, int]:
-            mass = column_mass(q, keys, self.softmax_scale)
-            held = min(chunk_queries(keys), q.shape[2])  # of two chunks, while the one before is let go
-            return mass, (3 * held + 1) * mass.nbytes
-
+        look = partial(column_mass, softmax_scale=self.softmax_scale)
         return self.by_column(self._of(queries), look, heads, -torch.inf)
 
     def by_column(
         self,
         q: Tensor,
-        look: Callable[[Tensor, Tensor], tuple[Tensor, int]],
+        look: Callable[[Tensor, Tensor], Tensor],
         heads: Tensor | None = None,
         padding: float = 0.0,
     ) -> Tensor:
@@ -138,8 +115,7 @@ class Visit:
 
         Args:
             q: (B, H, n, D).
-            look: from queries and keys of some heads, (B, G, n, D) and (B, G, M, D), to a number per key, (..., M), and
-                the most bytes that were alive meanwhile beside queries and keys.
+            look: from queries and keys of some heads, (B, G, n, D) and (B, G, M, D), to a number per key, (..., M).
             heads: long, of which; None is all of them.
             padding: what columns get in which a head has no token.
 
@@ -150,8 +126,7 @@ class Visit:
         columns, current, found = self.positions().shape[2], self.k.shape[2], None
         for group, keys in self.cache.keys(self.layer, chosen):
             queries = of_heads(q, [chosen[i] for i in group])
-            part, held = look(queries, keys)
-            self._charge_scores(queries, keys, held + (0 if found is None else found.nbytes))
+            part = look(queries, keys)
             if part.shape[1] == len(chosen) and part.shape[-1] == columns:
                 return part
             del keys  # before the next ones are read
@@ -163,18 +138,8 @@ class Visit:
         assert found is not None  # a layer has heads
         return found
 
-    def charge(self, nbytes: int) -> None:
-        """Book score buffers of `nbytes` that are alive beside the current scale; they go into beta_work."""
-        self.cache.charge(nbytes)
-
     def _of(self, queries: Tensor | None) -> Tensor:
         return self.q if queries is None else self.q.index_select(2, queries.to(self.q.device))
-
-    def _charge_scores(self, q: Tensor, keys: Tensor, scores: int) -> None:
-        """Book copies of queries and keys, float32 versions of those in another format, positions, and scores."""
-        copies = q.nbytes + keys.nbytes + 8 * keys[..., 0].numel()
-        casts = 0 if keys.element_size() == 4 else 4 * (q.numel() + keys.numel())
-        self.cache.charge(copies + casts + scores)
 
 
 @dataclass(frozen=True)
@@ -234,64 +199,9 @@ class Policy:
         return ()
 
 
-Granularity = Literal["token", "atom", "-"]
-"""What is kept or dropped as one: a token of a head, an atom (all tokens of a scale in a head), nothing."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """Base of all methods: a frozen dataclass whose fields are the paper's parameters.
-
-    Class attributes:
-        scheduled: the method runs a precomputed `Schedule`, made by `build_schedule`.
-        granularity: what is kept or dropped as one.
-    """
-
-    scheduled: ClassVar[bool] = False
-    granularity: ClassVar[Granularity] = "token"
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the method reads the calibration: its orders in `build_schedule`, or all of it in `policy`."""
-        return False
-
-    def build_schedule(self, geometry: Geometry, budget: Budget, orders: Orders | None) -> Schedule:
-        """Plan ahead of any image.
-
-        Args:
-            geometry, budget: what to plan for.
-            orders: removal orders, of a calibration or of a file; None unless `calibrated`.
-
-        Raises:
-            BudgetError: the budget is too small for the method.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no schedule")
-
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
-        """A fresh policy for one generation.
-
-        Args:
-            geometry, budget: what it runs on, and what it may keep.
-            schedule: of methods that are `scheduled`.
-            rows: batch rows, guidance rows included.
-            calibration: of methods that are `calibrated` and not scheduled.
-
-        Raises:
-            BudgetError: the budget is too small for the method.
-        """
-        raise NotImplementedError
-
-
 class Observer(Protocol):
     """Sees every visit right after its attention, the last scale's included; changes nothing."""
 
     def observe(self, visit: Visit) -> None:
-        """One visit. What it copies with `visit.view()` is charged to beta_work like a policy's copies."""
+        """One visit."""
         ...

@@ -2,7 +2,7 @@
 
 Everything that counts tokens or bytes starts here. Scales are 0-based; `K` is their number, `N_t` the tokens of scale
 t, `C_t` the tokens of a full cache of one head *entering* scale t, `P = C_{K-1}` its peak (nobody reads the last
-scale's keys, so nobody caches them) and `T = C_K` all tokens. Source: design.md 2, specs/methods.md 0.
+scale's keys, so nobody caches them) and `T = C_K` all tokens.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from heatkv_cli.errors import ConfigError
+
+if TYPE_CHECKING:  # counting needs no torch, and commands that only count should not wait for it
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ScaleSchedule:
     Raises:
         ConfigError: no scales, a size that is not a pair of integers, or a size below 1.
 
+    >>> import torch
     >>> schedule = ScaleSchedule.squares((1, 2, 4))
     >>> schedule.lengths, schedule.offsets, schedule.peak_tokens
     ((1, 4, 16), (0, 1, 5, 21), 5)
@@ -83,6 +85,8 @@ class ScaleSchedule:
 
     def scale_table(self) -> Tensor:
         """Return the scale of every position, long (T,); a fresh tensor on the CPU."""
+        import torch
+
         return torch.repeat_interleave(torch.arange(self.num_scales), torch.tensor(self.lengths))
 
     def scale_of(self, positions: Tensor) -> Tensor:
@@ -97,6 +101,8 @@ class ScaleSchedule:
         Raises:
             ValueError: a position outside the schedule (a bug of the caller, never a user's input).
         """
+        import torch
+
         if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= self.num_tokens):
             low, high = int(positions.min()), int(positions.max())
             raise ValueError(f"positions {low}..{high} are outside the schedule's 0..{self.num_tokens - 1}")

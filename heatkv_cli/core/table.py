@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,19 +54,6 @@ class LayerTable:
             torch.cat([slots[h] for h in heads]),
             torch.cat([positions[h] for h in heads], 1),
         )
-
-    def copied_tokens(self, current: int, kernel_keys: Callable[[int], int]) -> int:
-        """The most tokens (heads x keys) that attention over [history, `current` tokens] copies at once.
-
-        Per group: its history out of the pool, and what the kernel gets, history and current joined; a group that is
-        the whole layer and has no history copies nothing where the kernel takes the current tokens as they are.
-        """
-        most = 0
-        for length, heads in by_length(self.lengths):
-            keys = kernel_keys(length + current)
-            if length or len(heads) < len(self.lengths) or keys > current:
-                most = max(most, len(heads) * (length + keys))
-        return most
 
     def padded_positions(self) -> Tensor:
         """int32 (1 or rows, H, longest), -1 behind the end of shorter heads."""

@@ -8,22 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.caps import shares
 from heatkv_cli.core.policy import Keep, Policy, Visit
-from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.selection import (
-    SCORE_BYTES,
+from heatkv_cli.errors import ConfigError
+from heatkv_cli.methods.base import Setting
+from heatkv_cli.methods.toolkit.caps import shares
+from heatkv_cli.methods.toolkit.selecting import (
     Selecting,
     Window,
     WindowMethod,
-    evicts,
     kept_state,
     top_mask,
 )
-from heatkv_cli.errors import ConfigError
 
 STATE_BYTES = 4  # the score a token was kept with, float32: what the cascade takes next
 
@@ -60,27 +55,22 @@ class CAKE(WindowMethod):
                 f"method cake: gamma is {self.gamma}, tau1 {self.tau1}, tau2 {self.tau2}", "gamma >= 0, tau1, tau2 > 0"
             )
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Needs room for its window and one more token a layer on average, and their scores."""
-        if not evicts(geometry, budget, self.timing):
-            return Policy(capacity=geometry.full_tokens)
-        return _CAKE(geometry, budget, rows, self, self.window_at(geometry, budget, rows, STATE_BYTES))
+        if not setting.evicts(self.timing):
+            return Policy(capacity=setting.geometry.full_tokens)
+        return _CAKE(setting, self, self.window_at(setting, STATE_BYTES))
 
 
 class _CAKE(Selecting):
-    def __init__(self, geometry: Geometry, budget: Budget, rows: int, method: CAKE, window: Window):
-        total = budget.slots(geometry, rows, STATE_BYTES) // geometry.num_heads  # of one head, summed over layers
-        super().__init__(geometry, budget, method.timing, rows, STATE_BYTES, capacity=total * geometry.num_heads)
+    def __init__(self, setting: Setting, method: CAKE, window: Window):
+        geometry = setting.geometry
+        # tokens of one head, summed over layers
+        total = setting.budget.slots(geometry, setting.rows, STATE_BYTES) // geometry.num_heads
+        super().__init__(setting, method.timing, STATE_BYTES, capacity=total * geometry.num_heads)
         self._method, self._window, self.facts = method, window, {"window": window.tokens}
         self._offsets = geometry.schedule.offsets
-        self._total, self._attended_total = total, budget.cap(geometry.schedule) * geometry.num_layers
+        self._total, self._attended_total = total, setting.cap * geometry.num_layers
         self._held = [0] * geometry.num_layers
         self._preference: list[float | None] = [None] * geometry.num_layers
         self._scores: list[Tensor | None] = [None] * geometry.num_layers  # float32 (B, H, stored tokens)
@@ -97,7 +87,6 @@ class _CAKE(Selecting):
         if len(self._held) * ahead <= self._total:  # all fits at the next scale too: nobody will ask for scores
             self._held[layer] = length
             return None
-        visit.charge(SCORE_BYTES * len(visit.k) * visit.k.shape[1] * length)
         scores = self._observe(visit)
         caps = self._caps(visit)
         if visit.scale < self._last:

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.policy import Granularity, Method, Policy
-from heatkv_cli.core.scales import Geometry
+from heatkv_cli.core.policy import Policy
+from heatkv_cli.methods.base import Granularity, Method, Setting
 
 
 @dataclass(frozen=True)
@@ -24,14 +21,7 @@ class Full(Method):
 
     granularity: ClassVar[Granularity] = "-"
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Needs the whole cache, so its smallest budget is 1."""
-        budget.require(Fraction(1), geometry, "full")
-        return Policy(capacity=geometry.full_tokens)
+        setting.require(Fraction(1))
+        return Policy(capacity=setting.geometry.full_tokens)

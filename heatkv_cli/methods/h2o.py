@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.heavy_hitters import STATE_BYTES, HeavyHitters, HeavyMethod
 from heatkv_cli.core.policy import Policy
-from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.selection import evicts, require_cap
+from heatkv_cli.methods.base import Setting
+from heatkv_cli.methods.toolkit.heavy_hitters import STATE_BYTES, HeavyHitters, HeavyMethod
 
 
 @dataclass(frozen=True)
@@ -28,16 +24,9 @@ class H2O(HeavyMethod):
     4 bytes a token, head and row, paid for with slots; no sums where nothing can ever be evicted.
     """
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Needs room for one token and its sum."""
-        if not evicts(geometry, budget, self.timing):
-            return Policy(capacity=geometry.full_tokens)
-        require_cap(geometry, budget, "h2o", 1, STATE_BYTES)
-        return HeavyHitters(geometry, budget, rows, self)
+        if not setting.evicts(self.timing):
+            return Policy(capacity=setting.geometry.full_tokens)
+        setting.require_cap(1, STATE_BYTES)
+        return HeavyHitters(setting, self)

@@ -10,30 +10,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.merging import keep_and_merge
-from heatkv_cli.core.policy import Keep, Method, Policy, Visit
+from heatkv_cli.calibration.statistics import elbow
+from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.core.selection import (
-    SCORE_BYTES,
+from heatkv_cli.errors import BudgetError
+from heatkv_cli.methods.base import Method, Setting, Timing, at_least, refused
+from heatkv_cli.methods.toolkit.merging import keep_and_merge
+from heatkv_cli.methods.toolkit.selecting import (
     Selecting,
-    Timing,
     grid_queries,
-    one_of,
     recent_queries,
     share_rows,
     top_mask,
     uniform_queries,
     window_tokens,
 )
-from heatkv_cli.core.statistics import elbow
-from heatkv_cli.errors import BudgetError, ConfigError
 
 ALPHA = 0.5
 PAPER_QUERIES = 32
-QUERIES = ("uniform", "grid", "random", "init", "recent", "full")
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ class Hack(Method):
         share_cfg: conditional and guidance row choose together.
         timing: `before` attention as in the paper, or `after` it.
 
-    Source: arXiv 2504.09261, sections 3 and 4 (specs/methods.md 3). A re-implementation: there is no public code.
+    Source: arXiv 2504.09261, sections 3 and 4. A re-implementation: there is no public code.
     Differs: defaults of our own where the paper is silent: alpha, ratio, init_scales, the queries' places, one choice
     per batch row. Where the current scale does not fit a structural budget (undefined in the paper), initial tokens
     give way first; then the budget goes to the current tokens looked at most, the best of every patch first. Merging
@@ -71,7 +65,7 @@ class Hack(Method):
     alpha: float | Literal["elbow"] = ALPHA
     ratio: float = 0.2
     queries: Literal["uniform", "grid", "random", "init", "recent", "full"] = "uniform"
-    num_queries: int | str = "auto"
+    num_queries: int | Literal["auto"] = "auto"
     query_seed: int = 0
     init_scales: int = 2
     asymmetric: bool = True
@@ -84,40 +78,28 @@ class Hack(Method):
     timing: Timing = "before"
 
     def __post_init__(self) -> None:
-        one_of("hack", queries=(self.queries, QUERIES), timing=(self.timing, ("before", "after")))
-        if self.alpha != "elbow" and not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha <= 1):
-            raise ConfigError(f"method hack: alpha is {self.alpha!r}", "a share of heads in [0, 1], or elbow")
+        super().__post_init__()
+        if self.alpha != "elbow" and not 0 <= self.alpha <= 1:
+            raise refused(self, "alpha", "a share of heads in [0, 1], or elbow")
         if not 0 < self.ratio <= 1:
-            raise ConfigError(f"method hack: ratio is {self.ratio!r}", "B_C / B_S, in (0, 1]: method.ratio=0.2")
-        if self.num_queries != "auto" and (type(self.num_queries) is not int or self.num_queries < 1):
-            raise ConfigError(f"method hack: num_queries is {self.num_queries!r}", "a number of queries >= 1, or auto")
-        if self.init_scales < 0:
-            raise ConfigError(f"method hack: init_scales is {self.init_scales}", "a number of scales >= 0")
+            raise refused(self, "ratio", "B_C / B_S, in (0, 1]")
+        at_least(self, num_queries=1, query_seed=0, init_scales=0)
 
     @property
     def calibrated(self) -> bool:
         """Head types matter unless budgets and rules are the same for all."""
         return self.asymmetric or self.patterns
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Needs one token a head."""
+        geometry = setting.geometry
         contextual = torch.zeros(geometry.num_layers, geometry.num_heads, dtype=torch.bool)
         if self.calibrated:
-            if calibration is None:
-                raise ConfigError("method hack needs a calibration", f"heatkv calibrate --model {geometry.model}")
-            calibration.check(geometry)
-            contextual = contextual_heads(calibration.variance.mean(0), self.alpha)
-        caps = self._caps(geometry, budget.cap(geometry.schedule), contextual)
+            contextual = contextual_heads(setting.need_calibration().variance.mean(0), self.alpha)
+        caps = self._caps(geometry, setting.cap, contextual)
         if int(caps.min()) < 1:
-            self._refuse(geometry, budget, contextual)
-        return _Hack(self, geometry, budget, caps, contextual)
+            self._refuse(setting, contextual)
+        return _Hack(setting, self, caps, contextual)
 
     def _caps(self, geometry: Geometry, cap: int, contextual: Tensor) -> Tensor:
         ratio = Fraction(str(self.ratio)) if self.asymmetric else Fraction(1)
@@ -125,12 +107,13 @@ class Hack(Method):
         most = schedule.num_tokens if self.timing == "before" else schedule.peak_tokens
         return head_caps(cap, contextual, ratio, most)
 
-    def _refuse(self, geometry: Geometry, budget: Budget, contextual: Tensor) -> None:
+    def _refuse(self, setting: Setting, contextual: Tensor) -> None:
+        geometry = setting.geometry
         caps = range(1, geometry.schedule.peak_tokens + 1)
         enough = next((cap for cap in caps if int(self._caps(geometry, cap, contextual).min()) > 0), None)
         if enough is None:
             raise BudgetError(f"method hack: no budget gives every head of {geometry.model} a token", "raise the ratio")
-        budget.require(Fraction(enough, caps[-1]), geometry, "hack")
+        setting.require(Fraction(enough, caps[-1]))
 
 
 def contextual_heads(variance: Tensor, alpha: float | str) -> Tensor:
@@ -172,14 +155,14 @@ def head_caps(cap: int, contextual: Tensor, ratio: Fraction, tokens: int) -> Ten
 
 
 class _Hack(Selecting):
-    def __init__(self, method: Hack, geometry: Geometry, budget: Budget, caps: Tensor, contextual: Tensor):
-        peak = geometry.schedule.peak_tokens
-        super().__init__(geometry, budget, method.timing, capacity=int(caps.clamp(max=peak).sum()))
+    def __init__(self, setting: Setting, method: Hack, caps: Tensor, contextual: Tensor):
+        geometry, peak = setting.geometry, setting.geometry.schedule.peak_tokens
+        super().__init__(setting, method.timing, capacity=int(caps.clamp(max=peak).sum()))
         self._method, self._caps = method, caps
         self._spatial = (contextual if method.swapped else ~contextual) & method.patterns
         first = geometry.schedule.offsets[min(method.init_scales, geometry.num_scales)]
         self._initial = (caps // 4).clamp(max=first) if method.keep_initial else torch.zeros_like(caps)
-        self._count = window_tokens(method.num_queries, PAPER_QUERIES, budget.cap(geometry.schedule))
+        self._count = window_tokens(method.num_queries, PAPER_QUERIES, setting.cap)
         self.facts = {"queries": self._count, "contextual_heads": int(contextual.sum())}
         self.facts |= {"contextual_cap": int(caps.min()), "structural_cap": int(caps.max())}
 
@@ -189,7 +172,6 @@ class _Hack(Selecting):
         heads = ((positions[0] >= 0).sum(-1) > caps).nonzero().flatten()
         if not len(heads):
             return None
-        visit.charge(SCORE_BYTES * len(visit.k) * positions.shape[1] * positions.shape[2])
         scores = visit.column_mass(self._queries(visit), heads=heads)
         scores = share_rows(scores, visit.cond) if self._method.share_cfg else scores
         self._protect(visit, scores, positions, heads)

@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.heavy_hitters import STATE_BYTES, HeavyHitters, HeavyMethod
 from heatkv_cli.core.policy import Policy
-from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.selection import evicts, one_of, require_cap
-from heatkv_cli.errors import ConfigError
+from heatkv_cli.methods.base import Setting, at_least
+from heatkv_cli.methods.toolkit.heavy_hitters import STATE_BYTES, HeavyHitters, HeavyMethod
 
 
 @dataclass(frozen=True)
@@ -24,7 +19,7 @@ class LookM(HeavyMethod):
 
     Args:
         timing, recent, n_obs, per_scale_mean, share_cfg: see `HeavyMethod`.
-        merge: `pivot`, `average` or `weighted`, see `core.merging`; `none` drops.
+        merge: `pivot`, `average` or `weighted`, see `toolkit.merging`; `none` drops.
         text: how many first tokens count as text; `scales` stands for the model's sink scales.
 
     Source: arXiv 2406.18139, sections 3.2 and 3.3; variants checked against SUSTechBruce/LOOK-M @ 0b9c09d.
@@ -34,25 +29,16 @@ class LookM(HeavyMethod):
     """
 
     merge: Literal["pivot", "average", "weighted", "none"] = "pivot"
-    text: int | str = "scales"
+    text: int | Literal["scales"] = "scales"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("lookm", merge=(self.merge, ("pivot", "average", "weighted", "none")))
-        if self.text != "scales" and (type(self.text) is not int or self.text < 0):
-            raise ConfigError(f"method lookm: text is {self.text!r}", "a number of tokens >= 0, or scales")
+        at_least(self, text=0)
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Needs room for one token and its sum."""
-        if not evicts(geometry, budget, self.timing):
-            return Policy(capacity=geometry.full_tokens)
-        require_cap(geometry, budget, "lookm", 1, STATE_BYTES)
-        text = geometry.sink_tokens if self.text == "scales" else int(self.text)
-        return HeavyHitters(geometry, budget, rows, self, text, None if self.merge == "none" else self.merge)
+        if not setting.evicts(self.timing):
+            return Policy(capacity=setting.geometry.full_tokens)
+        setting.require_cap(1, STATE_BYTES)
+        text = setting.geometry.sink_tokens if self.text == "scales" else self.text
+        return HeavyHitters(setting, self, text, None if self.merge == "none" else self.merge)

@@ -9,14 +9,10 @@ from typing import Literal
 
 import torch
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.heavy_hitters import STATE_BYTES, HeavyHitters, HeavyMethod
 from heatkv_cli.core.policy import Policy, Visit
-from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.selection import Place, evicts, observed_queries, one_of, require_cap, window_tokens
-from heatkv_cli.errors import ConfigError
+from heatkv_cli.methods.base import Setting, at_least
+from heatkv_cli.methods.toolkit.heavy_hitters import STATE_BYTES, HeavyHitters, HeavyMethod
+from heatkv_cli.methods.toolkit.selecting import Place, observed_queries, window_tokens
 
 WINDOW = 32  # observed queries
 FLOOR = 0.01  # the least share of its tokens that a layer keeps
@@ -32,12 +28,12 @@ class MEDA(HeavyMethod):
 
     Args:
         timing, recent, n_obs, per_scale_mean, share_cfg: see `HeavyMethod`.
-        merge: `pivot`, `average` or `weighted`, see `core.merging`; `none` drops.
+        merge: `pivot`, `average` or `weighted`, see `toolkit.merging`; `none` drops.
         text: how many first tokens count as text; `scales` stands for the model's sink scales.
         window: observed queries; `auto` is min(32, a quarter of a head's mean tokens).
         obs: `grid`, they are spread over the map; `recent`, its last tokens.
 
-    Source: arXiv 2502.17599, section 3 (specs/methods.md 4).
+    Source: arXiv 2502.17599, section 3.
     Differs: the paper's entropy is that between text and image tokens, of which there are none; here over the history,
     renormalised, mean over batch rows. A layer keeps at least 1 % of its tokens and the text and window tokens, where
     the mean cap allows; the shares are then rescaled to the exact total (the paper's are not). Layers behind the
@@ -45,46 +41,34 @@ class MEDA(HeavyMethod):
     """
 
     merge: Literal["pivot", "average", "weighted", "none"] = "pivot"
-    text: int | str = "scales"
-    window: int | str = "auto"
+    text: int | Literal["scales"] = "scales"
+    window: int | Literal["auto"] = "auto"
     obs: Place = "grid"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(
-            "meda",
-            merge=(self.merge, ("pivot", "average", "weighted", "none")),
-            obs=(self.obs, ("grid", "recent")),
-        )
-        if self.text != "scales" and (type(self.text) is not int or self.text < 0):
-            raise ConfigError(f"method meda: text is {self.text!r}", "a number of tokens >= 0, or scales")
-        if self.window != "auto" and (type(self.window) is not int or self.window < 1):
-            raise ConfigError(f"method meda: window is {self.window!r}", "a number of tokens >= 1, or auto")
+        at_least(self, text=0, window=1)
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Needs room for text and window in every head, and their sums."""
-        if not evicts(geometry, budget, self.timing):
+        geometry = setting.geometry
+        if not setting.evicts(self.timing):
             return Policy(capacity=geometry.full_tokens)
-        text = geometry.sink_tokens if self.text == "scales" else int(self.text)
+        text = geometry.sink_tokens if self.text == "scales" else self.text
         caps = range(1, geometry.schedule.num_tokens + text + WINDOW)
         least = next(cap for cap in caps if text + window_tokens(self.window, WINDOW, cap) <= cap)
-        require_cap(geometry, budget, "meda", least, STATE_BYTES)
-        return _MEDA(geometry, budget, rows, self, text)
+        setting.require_cap(least, STATE_BYTES)
+        return _MEDA(setting, self, text)
 
 
 class _MEDA(HeavyHitters):
-    def __init__(self, geometry: Geometry, budget: Budget, rows: int, method: MEDA, text: int):
-        total = budget.slots(geometry, rows, STATE_BYTES) // geometry.num_heads  # of one head, summed over layers
+    def __init__(self, setting: Setting, method: MEDA, text: int):
+        geometry = setting.geometry
+        # tokens of one head, summed over layers
+        total = setting.budget.slots(geometry, setting.rows, STATE_BYTES) // geometry.num_heads
         merge = None if method.merge == "none" else method.merge
-        super().__init__(geometry, budget, rows, method, text, merge, total * geometry.num_heads)
-        self._total, self._attended_total = total, budget.cap(geometry.schedule) * geometry.num_layers
+        super().__init__(setting, method, text, merge, total * geometry.num_heads)
+        self._total, self._attended_total = total, setting.cap * geometry.num_layers
         self._obs, self._window = method.obs, window_tokens(method.window, WINDOW, self._stored)
         self._least, self._offsets = text + self._window, geometry.schedule.offsets
         self._held = [0] * geometry.num_layers

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.caps import early_caps
 from heatkv_cli.core.policy import Keep, Policy, Visit
-from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.selection import Selecting, Window, WindowMethod, stored_cap
-from heatkv_cli.errors import ConfigError
+from heatkv_cli.methods.base import Setting, at_least
+from heatkv_cli.methods.toolkit.caps import early_caps
+from heatkv_cli.methods.toolkit.selecting import Selecting, Window, WindowMethod
 
 
 @dataclass(frozen=True)
@@ -36,20 +32,11 @@ class PyramidKV(WindowMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steepness < 1:
-            raise ConfigError(f"method pyramidkv: steepness is {self.steepness}", "1 is a flat pyramid, the paper's 20")
+        at_least(self, steepness=1)  # a flat pyramid
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Needs room for its window and one more token a layer on average."""
-        window = self.window_at(geometry, budget)
-        mean = stored_cap(geometry, budget)
+        geometry, window, mean = setting.geometry, self.window_at(setting), setting.stored_cap()
         caps: list[list[int]] = []
         longest = 0
         for tokens in geometry.schedule.lengths[:-1]:
@@ -58,8 +45,8 @@ class PyramidKV(WindowMethod):
             longest = caps[-1][0]
         caps = early_caps(caps, geometry.num_layers * mean)
         longest += geometry.schedule.lengths[-1]
-        caps.append(pyramid(geometry.num_layers, budget.cap(geometry.schedule), window.tokens, longest, self.steepness))
-        return _PyramidKV(geometry, budget, self, window, caps)
+        caps.append(pyramid(geometry.num_layers, setting.cap, window.tokens, longest, self.steepness))
+        return _PyramidKV(setting, self, window, caps)
 
 
 def pyramid(layers: int, mean: int, window: int, length: int, steepness: int = 20) -> list[int]:
@@ -89,8 +76,8 @@ def pyramid(layers: int, mean: int, window: int, length: int, steepness: int = 2
 
 
 class _PyramidKV(Selecting):
-    def __init__(self, geometry: Geometry, budget: Budget, method: PyramidKV, window: Window, caps: list[list[int]]):
-        super().__init__(geometry, budget, method.timing)
+    def __init__(self, setting: Setting, method: PyramidKV, window: Window, caps: list[list[int]]):
+        super().__init__(setting, method.timing)
         self._window, self._caps, self.facts = window, caps, {"window": window.tokens}
 
     def cap(self, visit: Visit) -> int:

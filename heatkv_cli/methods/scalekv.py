@@ -10,28 +10,19 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.caps import early_caps, shares
 from heatkv_cli.core.policy import Keep, Policy, Visit
-from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.selection import (
-    SCORE_BYTES,
+from heatkv_cli.errors import ConfigError
+from heatkv_cli.methods.base import Setting, at_least
+from heatkv_cli.methods.toolkit.caps import early_caps, shares
+from heatkv_cli.methods.toolkit.selecting import (
     Selecting,
     Window,
     WindowMethod,
-    one_of,
-    pool_segments,
-    share_rows,
-    stored_cap,
-    top_mask,
 )
-from heatkv_cli.errors import ConfigError
 
 FIRST, DECAY = 600 / 650, 70 / 650  # of the mean: a refiner's tokens at the first scale that is cut, and the step down
 PUBLISHED_MEAN, PUBLISHED_PEAK = 650, 6425
-# entering scale -> drafter layers, tokens of a drafter, tokens of a refiner (the 10 % files, specs/methods.md 2.2)
+# entering scale -> drafter layers, tokens of a drafter, tokens of a refiner (the 10 % files)
 PUBLISHED: Mapping[str, Mapping[int, tuple[frozenset[int], int, int]]] = {
     "infinity-2b": {
         8: (frozenset({0, 23}), 920, 632),
@@ -66,59 +57,41 @@ class ScaleKV(WindowMethod):
         allocation: `mean`, the rule above; `decay`, refiners lose a fixed step per scale (paper) and drafters get what
             is left; `published`, the 10 % files for infinity-2b and infinity-8b (650 tokens, no calibration).
         floor: tokens left to a refiner; never more than half of the mean.
-        faithful: score like the public code: raw queries (without bias, normalisation, temperature and rotation), sums
-            of logits without softmax, maximum over 5 neighbours in stored order across the borders of scales.
 
-    Source: arXiv 2505.19602, sections 3.2 and 3.3; files and scoring as read from StargazerX0/ScaleKV (specs/methods.md
-    2). Budgets away from 10 % are not published.
+    Source: arXiv 2505.19602, sections 3.2 and 3.3; files as read from StargazerX0/ScaleKV. Budgets away from 10 % are
+    not published.
     Differs: ASI averages over all queries and heads, of which the paper samples some. The files leave out single
     tokens that the mean allows; here the sum is exact. Where a layer grows while later ones still hold more than they
     will, those are cut one scale early: upstream exceeds its budget there. After the last scale nothing is compressed.
     """
 
-    drafters: int | str = "auto"
+    drafters: int | Literal["auto"] = "auto"
     rank: Literal["scale", "all"] = "scale"
     allocation: Literal["mean", "decay", "published"] = "mean"
     floor: int = 64
-    faithful: bool = False
     paper_window: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("scalekv", rank=(self.rank, ("scale", "all")))
-        one_of("scalekv", allocation=(self.allocation, ("mean", "decay", "published")))
-        if self.drafters != "auto" and (type(self.drafters) is not int or self.drafters < 1):
-            raise ConfigError(f"method scalekv: drafters is {self.drafters!r}", "a number of layers >= 1, or auto")
-        if self.floor < 0:
-            raise ConfigError(f"method scalekv: floor is {self.floor}", "a number of tokens >= 0")
+        at_least(self, drafters=1, floor=0)
 
     @property
     def calibrated(self) -> bool:
         """The published files name the layers themselves."""
         return self.allocation != "published"
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Needs room for its window and one more token a layer on average."""
-        window = self.window_at(geometry, budget)
+        window = self.window_at(setting)
         if self.allocation == "published":
-            return _ScaleKV(geometry, budget, self, window, published_caps(geometry, budget))
-        if calibration is None:
-            raise ConfigError("method scalekv needs a calibration", f"heatkv calibrate --model {geometry.model}")
-        calibration.check(geometry)
-        return _ScaleKV(geometry, budget, self, window, self._caps(geometry, budget, calibration.asi.mean(0)))
+            return _ScaleKV(setting, self, window, published_caps(setting))
+        return _ScaleKV(setting, self, window, self._caps(setting, setting.need_calibration().asi.mean(0)))
 
-    def _caps(self, geometry: Geometry, budget: Budget, asi: Tensor) -> list[list[int]]:
+    def _caps(self, setting: Setting, asi: Tensor) -> list[list[int]]:
         """Tokens of each layer after each scale, [scale][layer]; the last scale's are attended only."""
-        L, offsets, mean = geometry.num_layers, geometry.schedule.offsets, stored_cap(geometry, budget)
-        attended = budget.cap(geometry.schedule)
-        means = [mean] * (geometry.num_scales - 1) + [attended]
+        geometry, mean = setting.geometry, setting.stored_cap()
+        L, offsets = geometry.num_layers, geometry.schedule.offsets
+        means = [mean] * (geometry.num_scales - 1) + [setting.cap]
         cut = [scale for scale, most in enumerate(means) if offsets[scale + 1] > most]
         entering = [min(scale + 1, geometry.num_scales - 1) for scale in cut]  # whose attention the cache serves
         chosen = draft(asi, entering, self._drafters(L), self.rank)
@@ -134,9 +107,9 @@ class ScaleKV(WindowMethod):
     def _drafters(self, layers: int) -> int:
         if self.drafters == "auto":
             return math.ceil(layers / 16)
-        if int(self.drafters) > layers:
+        if self.drafters > layers:
             raise ConfigError(f"method scalekv: {self.drafters} drafters of {layers} layers", "lower method.drafters")
-        return int(self.drafters)
+        return self.drafters
 
     def _refiner(self, mean: int, step: int) -> int:
         """Tokens a refiner has before drafters take what they can use."""
@@ -189,20 +162,21 @@ def split(mean: int, available: Sequence[int], drafters: set[int], refiner: int)
     return [caps[layer] for layer in range(len(available))]
 
 
-def published_caps(geometry: Geometry, budget: Budget) -> list[list[int]]:
+def published_caps(setting: Setting) -> list[list[int]]:
     """The 10 % files' tokens of each layer after each scale; at the last scale those of the scale before.
 
     Raises:
         ConfigError: another model, or another resolution than 1M 1:1.
         BudgetError: less than 650 tokens a head.
     """
+    geometry = setting.geometry
     table, L, offsets = PUBLISHED.get(geometry.model), geometry.num_layers, geometry.schedule.offsets
     if table is None or geometry.schedule.peak_tokens != PUBLISHED_PEAK:
         raise ConfigError(
             f"method scalekv: there are no published budgets for {geometry}",
             f"method.allocation=mean, or a model of: {', '.join(PUBLISHED)} at its 1:1 resolution of 1M",
         )
-    budget.require(Fraction(PUBLISHED_MEAN, PUBLISHED_PEAK), geometry, "scalekv with published budgets")
+    setting.require(Fraction(PUBLISHED_MEAN, PUBLISHED_PEAK))
     caps = []
     for entering in range(1, geometry.num_scales):
         drafters, most, least = table.get(entering, (frozenset(), 0, offsets[entering]))
@@ -211,36 +185,13 @@ def published_caps(geometry: Geometry, budget: Budget) -> list[list[int]]:
 
 
 class _ScaleKV(Selecting):
-    def __init__(self, geometry: Geometry, budget: Budget, method: ScaleKV, window: Window, caps: list[list[int]]):
-        super().__init__(geometry, budget, method.timing)
-        self._window, self._caps, self._faithful = window, caps, method.faithful
+    def __init__(self, setting: Setting, method: ScaleKV, window: Window, caps: list[list[int]]):
+        super().__init__(setting, method.timing)
+        self._window, self._caps = window, caps
         self.facts = {"window": window.tokens}
 
     def cap(self, visit: Visit) -> int:
         return self._caps[visit.scale][visit.layer]
 
     def choose(self, visit: Visit, cap: int) -> Keep:
-        return self._raw_keep(visit, cap) if self._faithful else self._window.keep(visit, cap)
-
-    def _raw_keep(self, visit: Visit, cap: int) -> Keep:
-        """The window's tokens, and those with the largest pooled sums of raw logits."""
-        if visit.raw_query is None:
-            raise ConfigError(
-                f"method scalekv: {visit.geometry.model} does not offer raw queries", "method.faithful=false"
-            )
-        queries = self._window.queries(visit)
-        own = self._window.columns(visit, queries)
-        raw = visit.raw_query()
-        total = raw[:, :, queries.to(raw.device)].float().sum(2, keepdim=True)  # of the logits, since they are linear
-
-        def look(q: Tensor, keys: Tensor) -> tuple[Tensor, int]:
-            scores = (q @ keys.float().transpose(-1, -2)).squeeze(2).mul_(raw.shape[-1] ** -0.5)
-            return scores, raw.nbytes + SCORE_BYTES * scores.numel()
-
-        scores = visit.by_column(total, look)
-        scores = share_rows(scores, visit.cond) if self._window.share_cfg else scores
-        schedule = visit.geometry.schedule
-        scores = pool_segments(
-            scores, visit.positions(), schedule, self._window.kernel, "max", without=own, across=True
-        )
-        return Keep(visit.layer, mask=top_mask(scores, cap, always=own))
+        return self._window.keep(visit, cap)

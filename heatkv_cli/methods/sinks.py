@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.policy import Granularity, Keep, Method, Policy, Visit
+from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.schedule import smallest_budget
+from heatkv_cli.methods.base import Granularity, Method, Setting
 
 
 @dataclass(frozen=True)
@@ -26,16 +24,10 @@ class Sinks(Method):
 
     granularity: ClassVar[Granularity] = "atom"
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Uses C_S / P of the cache, whatever the budget allows above that."""
-        budget.require(smallest_budget(geometry), geometry, "sinks")
+        geometry = setting.geometry
+        setting.require(Fraction(geometry.sink_tokens, geometry.schedule.peak_tokens))
         return _Sinks(geometry)
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.policy import Keep, Policy, Visit
-from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.selection import Selecting, Window, WindowMethod
+from heatkv_cli.methods.base import Setting
+from heatkv_cli.methods.toolkit.selecting import Selecting, Window, WindowMethod
 
 
 @dataclass(frozen=True)
@@ -26,21 +23,14 @@ class SnapKV(WindowMethod):
     scale, not once after a prompt. See `WindowMethod` for the parameters.
     """
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Needs room for its window and one more token."""
-        return _SnapKV(geometry, budget, self, self.window_at(geometry, budget))
+        return _SnapKV(setting, self, self.window_at(setting))
 
 
 class _SnapKV(Selecting):
-    def __init__(self, geometry: Geometry, budget: Budget, method: SnapKV, window: Window):
-        super().__init__(geometry, budget, method.timing)
+    def __init__(self, setting: Setting, method: SnapKV, window: Window):
+        super().__init__(setting, method.timing)
         self._window, self.facts = window, {"window": window.tokens}
 
     def choose(self, visit: Visit, cap: int) -> Keep:

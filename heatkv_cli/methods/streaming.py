@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.policy import Keep, Method, Policy, Visit
-from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.selection import Recent, Selecting, Timing, one_of, recent_mask
-from heatkv_cli.errors import BudgetError, ConfigError
+from heatkv_cli.core.policy import Keep, Policy, Visit
+from heatkv_cli.errors import BudgetError
+from heatkv_cli.methods.base import Method, Setting, Timing, at_least
+from heatkv_cli.methods.toolkit.selecting import Recent, Selecting, recent_mask
 
 
 @dataclass(frozen=True)
@@ -27,46 +25,34 @@ class Streaming(Method):
         recent: `raster`, the last tokens; `grid`, a uniform grid of the newest scale where that alone is too much.
 
     Source: arXiv 2309.17453, section 3.2 (attention sinks and a rolling window).
-    Differs: the paper's sink is 4 tokens of text; here the tokens of the sink scales (specs/methods.md 4), since a
+    Differs: the paper's sink is 4 tokens of text; here the tokens of the sink scales, since a
     scale is the unit of a next-scale model. "Recent" in raster order means the bottom rows of the newest map. All
     heads are equally long, so up to one token a head of the budget stays unused.
     """
 
-    sink: int | str = "scales"
+    sink: int | Literal["scales"] = "scales"
     timing: Timing = "after"
     recent: Recent = "raster"
 
     def __post_init__(self) -> None:
-        one_of("streaming", timing=(self.timing, ("after", "before")), recent=(self.recent, ("raster", "grid")))
-        if self.sink != "scales" and (not isinstance(self.sink, int) or isinstance(self.sink, bool) or self.sink < 0):
-            raise ConfigError(
-                f"method streaming: sink is {self.sink!r}", "give a number of tokens >= 0, or method.sink=scales"
-            )
+        super().__post_init__()
+        at_least(self, sink=0)
 
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Needs room for its sinks and one recent token."""
-        sink = geometry.sink_tokens if self.sink == "scales" else int(self.sink)
-        cap = min(budget.cap(geometry.schedule), geometry.schedule.peak_tokens)
-        if cap < geometry.schedule.peak_tokens <= sink:
+        geometry, peak = setting.geometry, setting.geometry.schedule.peak_tokens
+        sink = geometry.sink_tokens if self.sink == "scales" else self.sink
+        if setting.cap < peak <= sink:
             raise BudgetError(
                 f"method streaming: {sink} sink tokens are the whole cache of {geometry.model}", "lower method.sink"
             )
-        budget.require(
-            Fraction(min(sink + 1, geometry.schedule.peak_tokens), geometry.schedule.peak_tokens), geometry, "streaming"
-        )
-        return _Streaming(geometry, budget, self, sink)
+        setting.require(Fraction(min(sink + 1, peak), peak))
+        return _Streaming(setting, self, sink)
 
 
 class _Streaming(Selecting):
-    def __init__(self, geometry: Geometry, budget: Budget, method: Streaming, sink: int):
-        super().__init__(geometry, budget, method.timing)
+    def __init__(self, setting: Setting, method: Streaming, sink: int):
+        super().__init__(setting, method.timing)
         self._sink, self._recent = sink, method.recent
 
     def choose(self, visit: Visit, cap: int) -> Keep:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from heatkv_cli.core.artifacts import Schedule
-from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.policy import Keep, Method, Policy, Visit
-from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.selection import Recent, Selecting, Timing, one_of, recent_mask
+from heatkv_cli.core.policy import Keep, Policy, Visit
+from heatkv_cli.methods.base import Method, Setting, Timing
+from heatkv_cli.methods.toolkit.selecting import Recent, Selecting, recent_mask
 
 
 @dataclass(frozen=True)
@@ -30,25 +27,15 @@ class Window(Method):
     timing: Timing = "after"
     recent: Recent = "raster"
 
-    def __post_init__(self) -> None:
-        one_of("window", timing=(self.timing, ("after", "before")), recent=(self.recent, ("raster", "grid")))
-
-    def policy(
-        self,
-        geometry: Geometry,
-        budget: Budget,
-        schedule: Schedule | None,
-        rows: int,
-        calibration: Calibration | None = None,
-    ) -> Policy:
+    def policy(self, setting: Setting) -> Policy:
         """Needs room for one token."""
-        budget.require(Fraction(1, geometry.schedule.peak_tokens), geometry, "window")
-        return _Window(geometry, budget, self)
+        setting.require(Fraction(1, setting.geometry.schedule.peak_tokens))
+        return _Window(setting, self)
 
 
 class _Window(Selecting):
-    def __init__(self, geometry: Geometry, budget: Budget, method: Window):
-        super().__init__(geometry, budget, method.timing)
+    def __init__(self, setting: Setting, method: Window):
+        super().__init__(setting, method.timing)
         self._recent = method.recent
 
     def choose(self, visit: Visit, cap: int) -> Keep:

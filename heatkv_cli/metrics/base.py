@@ -1,193 +1,262 @@
-"""What a metric is: images (or numbers recorded with them) in, values with intervals out.
+"""The contract of a metric: pictures (or numbers recorded with them) go in, values with intervals come out.
 
-Two shapes exist, because a set metric has no number per image:
+Two shapes exist, because a metric of a set has no number per image:
 
 * ``ImageMetric`` gives each image a ``Score``; ``summarise`` turns all scores of a run into values. Scores are plain
   rows, so a run can be resumed, sharded, or compared with another run image by image.
 * ``SetMetric`` (FID) goes from images to features to additive statistics to values. Features are one row per image, so
   they are resumed and sharded as scores are, and metrics with the same extractor share them.
 
-The evaluation stage loads images, hands out samples and writes values; metrics read no images and know neither models
-nor methods. ``needs`` names the generation pass whose images a metric wants. A metric whose weights or packages are
-missing raises ``SetupError`` when it is first used; the stage turns that into a row with ``status=skipped``.
-
-What a metric may have besides: ``score_batch`` and ``batch_size``; ``weights_sha256`` and ``settings`` (what else
-decides the number), for the rows; ``device`` and ``weights_folder``, taken from the run; ``self_check``, '' or what is
-wrong, for ``doctor``.
+A metric is a frozen dataclass whose fields are its parameters (see ``parameters``). It reads no images and knows
+neither models nor methods: the evaluation stage loads images, hands out samples and writes values. A metric that lacks
+weights or a package raises ``SetupError`` at first use, which the stage turns into a row with ``status=skipped``;
+``lacks`` says the same before.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from heatkv_cli.errors import ArtifactError
-from heatkv_cli.metrics.intervals import Interval, paired_interval
+from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap, mean_value
+from heatkv_cli.metrics.parameters import DEVICE, aside, check, counting
+from heatkv_cli.metrics.scores import Features, Image, Sample, Score, Value
+from heatkv_cli.metrics.weights import Lack, Wanted, joined_sha256, lacking_package
 
 Kind = Literal["paired", "set", "prompt"]
 """An image against the full run's image of the same seed; many images against many; an image against its prompt."""
 Pass = Literal["free", "layout", "forced"]
 """Ordinary generation; the full run's bits copied at the layout scales; teacher-forced on all of the full run's."""
-Image = NDArray[np.uint8]
-Features = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One generated image as a metric sees it.
+class Spec:
+    """Facts about a metric that result rows hold.
 
     Attributes:
-        prompt_id: id of the prompt in its list.
-        prompt: text of the prompt.
-        meta: what the prompt list says besides (GenEval's tag and include, a class index, ...).
-        image: (H, W, 3); None in the forced pass, which makes no image.
-        reference: (H, W, 3), the full run's image of the same prompt and seed; None where there is none.
-        recorded: numbers that the pass recorded for this image (the forced pass: KL per bit, in all and per scale).
-        index: number of the image among those of its prompt.
+        name: in rows and on the command line.
+        version: changes whenever the same images give another number.
+        unit: of the number; '' where it has none.
+        higher_is_better: the direction.
+        kind: what is compared with what.
+        needs: the generation pass whose images are measured.
     """
 
-    prompt_id: str
-    prompt: str = ""
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    image: Image | None = None
-    reference: Image | None = None
-    recorded: Mapping[str, float] = field(default_factory=dict)
-    index: int = 0
+    name: str
+    version: str
+    unit: str
+    higher_is_better: bool
+    kind: Kind
+    needs: Pass = "free"
 
 
 @dataclass(frozen=True)
-class Score:
-    """A metric's number for one image.
+class Metric:
+    """Base of all metrics.
 
-    Attributes:
-        prompt_id, index: the image; scores of two runs are paired by them.
-        value: the number; may be infinite (PSNR of identical images).
-        stratum: what the image counts towards (its task), '' where all images count alike.
-        parts: further numbers of the same image (KL per scale).
-        note: why, in words, for the table of images.
+    A subclass is a frozen dataclass with a ``SPEC``; it derives from ``ImageMetric`` or ``SetMetric``.
+
+    Args:
+        name: in the result rows; None is the name of ``SPEC``.
+
+    Raises:
+        ConfigError: a parameter is out of its range; the message names it, what is allowed, and what to type.
     """
 
-    prompt_id: str
-    index: int
-    value: float
-    stratum: str = ""
-    parts: Mapping[str, float] = field(default_factory=dict)
-    note: str = ""
+    SPEC: ClassVar[Spec]
+    INFINITE: ClassVar[bool] = False
+    """Whether a number may be infinite."""
+
+    name: str | None = aside(None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check all parameters."""
+        check(self, self.spec.name)
+
+    @property
+    def spec(self) -> Spec:
+        """Name, version, unit, direction, kind and pass."""
+        return self.SPEC if self.name is None else replace(self.SPEC, name=str(self.name))
+
+    @property
+    def batch_size(self) -> int:
+        """Images that are measured at once."""
+        return 1
+
+    @property
+    def network(self) -> str:
+        """Short name of the network that must be in memory; metrics with one name share it. '' for none."""
+        return ""
+
+    @property
+    def variant(self) -> str:
+        """Variant of the headline row."""
+        return ""
+
+    def network_bytes(self) -> int:
+        """Return the bytes of the network's weights in memory; 0 without a network. Nothing is loaded.
+
+        Raises:
+            SetupError: the size is that of a file, and the file is missing.
+        """
+        return 0
+
+    def packages(self) -> tuple[tuple[str, str], ...]:
+        """Return the modules that it imports at first use, each with the extra that brings it."""
+        return ()
+
+    def files(self) -> tuple[Wanted, ...]:
+        """Return the files of the network's weights."""
+        return ()
+
+    def digest(self) -> str:
+        """Return one sha256 for all files of weights, '' without files.
+
+        Raises:
+            SetupError: a file is missing.
+        """
+        return joined_sha256([wanted.digest for wanted in self.files()])
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that can change the number of an image, as plain values.
+
+        Raises:
+            SetupError: a file of weights is missing.
+        """
+        cls = type(self)
+        return {
+            "class": f"{cls.__module__}.{cls.__qualname__}",
+            "version": self.spec.version,
+            "parameters": self.parameters(),
+            "weights": self.digest(),
+        }
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the parameters that can change a number."""
+        return counting(self)
+
+    def settings(self) -> str:
+        """Return the parameters that can change the reported number as canonical JSON.
+
+        Weights and the reference are left out: they have columns of their own.
+        """
+        shown = {key: value for key, value in self.parameters().items() if key != "reference"}
+        return json.dumps(shown, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    def lacks(self) -> list[Lack]:
+        """Return what is missing before the metric can run: packages, then files. Nothing is loaded."""
+        packages = [lacking_package(module, extra) for module, extra in self.packages()]
+        return [lack for lack in (*packages, *(wanted.lack() for wanted in self.files())) if lack is not None]
+
+    def check_prompt(self, prompt_id: str, meta: Mapping[str, Any]) -> None:
+        """Check, before any picture is made, that a prompt says what the metric has to know.
+
+        Args:
+            prompt_id: of the prompt.
+            meta: its further fields in the list.
+
+        Raises:
+            ConfigError: it does not.
+        """
+
+    def self_check(self) -> str:
+        """Return '' where weights are what they say and the metric works, else what is wrong.
+
+        Raises:
+            SetupError: weights or packages are missing.
+            ArtifactError: a file is not what it should be.
+        """
+        return ""
+
+    def writing_to(self, folder: Path, shard: tuple[int, int]) -> Self:
+        """Return the metric told where it may keep files of its own, beside the scores; most keep none.
+
+        Args:
+            folder: of the run.
+            shard: (i, n) of this process; a file has one writer.
+        """
+        return self
 
 
 @dataclass(frozen=True)
-class Value:
-    """One row of results.
+class Networked(Metric):
+    """Base of metrics that run a network.
 
-    Attributes:
-        variant: which number of the metric, '' for the headline.
-        value: the number.
-        stderr, low, high: standard error and bounds of the 95 % interval (or as configured); nan where unknown.
-        n: images it was computed from.
-        extra: further numbers for the row; ``difference*`` is the paired comparison with the baseline run.
+    Args:
+        device: where the network runs: cpu, cuda or cuda:N. It never changes which number is meant.
+        weights_folder: the first of the places where files are looked for.
     """
 
-    variant: str
-    value: float
-    stderr: float
-    low: float
-    high: float
-    n: int
-    extra: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, variant: str, interval: Interval, extra: Mapping[str, float] | None = None) -> Self:
-        """The row of a mean with its interval."""
-        return cls(variant, interval.mean, interval.stderr, interval.low, interval.high, interval.n, extra or {})
+    device: str = aside("cpu", form=DEVICE, words="cpu, cuda or cuda:N", kw_only=True)
+    weights_folder: Path | None = aside(None, kw_only=True)
 
 
-class _Described(Protocol):
-    """What the result rows say about a metric. ``version`` changes whenever the same images give another number."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def unit(self) -> str: ...
-    @property
-    def higher_is_better(self) -> bool: ...
-    @property
-    def kind(self) -> Kind: ...
-    @property
-    def needs(self) -> Pass: ...
-
-
-@runtime_checkable
-class ImageMetric(_Described, Protocol):
-    """A metric with a number per image (kinds ``paired`` and ``prompt``)."""
+@dataclass(frozen=True)
+class ImageMetric(Metric):
+    """A metric with a number per image (kinds ``paired``, ``prompt``). A subclass has ``score`` or ``score_batch``."""
 
     def score(self, sample: Sample) -> Score:
-        """The number of one image.
+        """Return the number of one image; raises as ``score_batch``."""
+        return self.score_batch([sample])[0]
+
+    def score_batch(self, samples: Sequence[Sample]) -> list[Score]:
+        """Return the number of each image.
 
         Raises:
             ConfigError: the prompt list lacks what the metric needs.
-            ArtifactError: image and reference do not belong together.
+            ArtifactError: an image is missing, image and reference do not belong together, or weights do not fit.
+            SetupError: weights or a package are missing.
         """
-        ...
+        return [self.score(sample) for sample in samples]
 
-    def summarise(self, scores: Sequence[Score], baseline: Sequence[Score] | None = None) -> list[Value]:
-        """Values of a run, headline first.
+    def summarise(
+        self, scores: Sequence[Score], baseline: Sequence[Score] | None = None, bootstrap: Bootstrap = DEFAULT
+    ) -> list[Value]:
+        """Return the values of a run, headline first; here the mean over images.
 
         Args:
             scores: of all images, at least one.
-            baseline: scores of the run to compare with (the full cache), for paired intervals; images that only
-                one of the two runs has are left out of the comparison.
+            baseline: scores of the run to compare with (the full cache), for paired intervals; images that only one of
+                the two runs has are left out of the comparison.
+            bootstrap: how intervals are drawn.
+
+        Raises:
+            ValueError: no scores.
         """
-        ...
+        return [mean_value(self.variant, scores, baseline, bootstrap)]
 
 
 class Extractor(Protocol):
-    """Images to features, one row per image; what it needs is loaded on the first call."""
+    """Images to features, one row per image; the network is loaded at the first call."""
 
     @property
     def name(self) -> str:
         """Network and preprocessing, for folder names."""
         ...
 
-    @property
-    def weights_sha256(self) -> str:
-        """Digest of the weights; raises SetupError where there are none."""
+    def digest(self) -> str:
+        """Return the sha256 of the weights; raises SetupError where there are none."""
         ...
 
     def self_check(self) -> str:
-        """'' where the weights are what they say and the network works, else what is wrong; raises as an extraction."""
+        """Return '' where weights and network work, else what is wrong; raises as an extraction."""
         ...
 
     def __call__(self, images: Sequence[Image]) -> Features:
-        """(n, d) features of n images, which may differ in size."""
+        """Return (n, d) features of n images, which may differ in size."""
         ...
 
 
-class Extracting:
-    """Base of metrics whose weights are their extractor's."""
-
-    @property
-    def extractor(self) -> Extractor:
-        """Where the features come from."""
-        raise NotImplementedError
-
-    @property
-    def weights_sha256(self) -> str:
-        """Digest of the weights; raises SetupError where there are none."""
-        return self.extractor.weights_sha256
-
-    def self_check(self) -> str:
-        """'' where the weights are what they say and the network works, else what is wrong; raises as an extraction."""
-        return self.extractor.self_check()
-
-
 class Statistics(Protocol):
-    """What a set metric keeps of a set: additive, so that batches and shards give what the whole would."""
+    """Additive numbers that a set metric keeps of a set: batches and shards give the statistics of the whole."""
+
+    @property
+    def n(self) -> int:
+        """Number of images."""
+        ...
 
     def add(self, index: Sequence[int], features: Features) -> None:
         """Add images: their places in the list of all images, and their (n, d) features."""
@@ -198,120 +267,43 @@ class Statistics(Protocol):
         ...
 
 
-@runtime_checkable
-class SetMetric(_Described, Protocol):
+@dataclass(frozen=True)
+class SetMetric(Metric):
     """A metric of a whole set of images (kind ``set``)."""
 
     @property
     def min_images(self) -> int:
-        """With fewer images on either side the metric is skipped."""
-        ...
+        """Smallest number of images on either side; with fewer the metric is skipped."""
+        return 2
 
     @property
     def reference(self) -> str | None:
-        """``full`` (the full run's images), a folder, a file of statistics; None where nothing is compared."""
-        ...
+        """``full`` (the full run's images), a folder, or a file of statistics; None where nothing is compared."""
+        return None
 
     @property
     def extractor(self) -> Extractor:
-        """Where its features come from."""
-        ...
+        """The extractor of its features."""
+        raise NotImplementedError
+
+    def self_check(self) -> str:
+        """Return '' where weights and network work, else what is wrong; raises as an extraction."""
+        return self.extractor.self_check()
 
     def statistics(self) -> Any:
-        """New, empty ``Statistics``."""
-        ...
+        """Return new, empty ``Statistics``."""
+        raise NotImplementedError
 
-    def compute(self, images: Any, reference: Any = None) -> list[Value]:
-        """Values of a set, headline first.
+    def compute(self, images: Any, reference: Any = None, bootstrap: Bootstrap = DEFAULT) -> list[Value]:
+        """Return the values of a set, headline first.
 
         Args:
             images: ``Statistics`` of the generated images.
             reference: those of the reference; None for a metric without one.
+            bootstrap: how intervals are drawn.
+
+        Raises:
+            ValueError: a side has too few images for the formula.
+            ArtifactError: the two sides do not belong together.
         """
-        ...
-
-
-Metric = ImageMetric | SetMetric
-
-
-def score_batch(metric: ImageMetric, samples: Sequence[Sample]) -> list[Score]:
-    """Scores of several images: in one pass through the network where the metric has a ``score_batch`` of its own."""
-    together = getattr(metric, "score_batch", None)
-    return together(samples) if together else [metric.score(sample) for sample in samples]
-
-
-def pair_of(metric: str, sample: Sample) -> tuple[Image, Image]:
-    """Image and reference of a sample.
-
-    Raises:
-        ArtifactError: one is missing, or their sizes differ.
-    """
-    if sample.image is None or sample.reference is None:
-        missing = "reference" if sample.image is not None else "image"
-        raise ArtifactError(
-            f"{metric}: prompt {sample.prompt_id} has no {missing}",
-            "run the same command with method=full first, or let 'heatkv eval' make what is missing",
-        )
-    if sample.image.shape != sample.reference.shape:
-        raise ArtifactError(
-            f"{metric}: prompt {sample.prompt_id}: image has size {sample.image.shape} but its reference has "
-            f"{sample.reference.shape}",
-            "both must come from the same model and resolution; remove the older run folder",
-        )
-    return sample.image, sample.reference
-
-
-def image_of(metric: str, sample: Sample) -> Image:
-    """Image of a sample.
-
-    Raises:
-        ArtifactError: it has none.
-    """
-    if sample.image is None:
-        raise ArtifactError(f"{metric}: prompt {sample.prompt_id} has no image", "run 'heatkv generate' first")
-    return sample.image
-
-
-def paired_difference(
-    scores: Sequence[Score],
-    baseline: Sequence[Score] | None,
-    *,
-    resamples: int,
-    confidence: float,
-    seed: int,
-    stratified: bool = False,
-) -> dict[str, float]:
-    """``scores - baseline`` over the images that both have, as entries of ``Value.extra``.
-
-    Pairs with an infinite value on either side have no difference and are left out; ``difference_n`` says how many
-    remain. Empty without a baseline or without a pair.
-
-    Args:
-        scores: of the run.
-        baseline: of the run to compare with.
-        resamples: bootstrap repetitions.
-        confidence: mass of the interval.
-        seed: of the bootstrap.
-        stratified: unweighted mean over strata instead of the mean over images.
-    """
-    other = {(s.prompt_id, s.index): s.value for s in baseline or ()}
-    pairs = [(s, other[key]) for s in scores if (key := (s.prompt_id, s.index)) in other]
-    pairs = [(s, value) for s, value in pairs if np.isfinite([s.value, value]).all()]
-    if not pairs:
-        return {}
-    interval = paired_interval(
-        [s.value for s, _ in pairs],
-        [value for _, value in pairs],
-        [s.prompt_id for s, _ in pairs],
-        strata=[s.stratum for s, _ in pairs] if stratified else None,
-        resamples=resamples,
-        confidence=confidence,
-        seed=seed,
-    )
-    return {
-        "difference": interval.mean,
-        "difference_stderr": interval.stderr,
-        "difference_low": interval.low,
-        "difference_high": interval.high,
-        "difference_n": interval.n,
-    }
+        raise NotImplementedError

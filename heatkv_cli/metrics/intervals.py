@@ -8,35 +8,16 @@ values. Intervals are percentile intervals.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from heatkv_cli.metrics.bootstrap import DEFAULT, Bootstrap
+from heatkv_cli.metrics.scores import Interval, Score, Value
+
 _CHUNK = 1 << 22
 """Draws held in memory at once (32 MB of indices)."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its uncertainty.
-
-    Attributes:
-        mean: unweighted mean over strata of the means over values.
-        stderr: standard deviation of the bootstrap means.
-        low, high: percentile bounds.
-        n: number of values.
-
-    ``stderr``, ``low`` and ``high`` are nan where a stratum has fewer than two groups: one prompt says nothing about
-    the spread over prompts.
-    """
-
-    mean: float
-    stderr: float
-    low: float
-    high: float
-    n: int
 
 
 def bootstrap_interval(
@@ -44,32 +25,27 @@ def bootstrap_interval(
     groups: Sequence[Hashable] | None = None,
     *,
     strata: Sequence[Hashable] | None = None,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> Interval:
-    """Mean of ``values`` with a bootstrap interval.
+    """Return the mean of ``values`` with a bootstrap interval.
 
     Args:
         values: finite numbers, one per image.
-        groups: what was drawn independently, per value (prompt ids); None makes every value its own group. Equal
-            labels in different strata are different groups.
-        strata: within what to resample, per value (tasks); None is one stratum.
-        resamples: bootstrap repetitions.
-        confidence: mass of the interval, in (0, 1).
-        seed: of the draws; the same arguments give the same interval.
+        groups: per value the label of what was drawn independently (its prompt's id); None makes every value its own
+            group. Equal labels in different strata are different groups.
+        strata: per value the label of the set to resample within (its task); None is one stratum.
+        bootstrap: how to draw.
 
     Raises:
-        ValueError: no values, values that are not finite, lengths that differ, no resamples, or a confidence
-            outside (0, 1).
+        ValueError: no values, values that are not finite, or lengths that differ.
     """
     data = np.asarray(values, dtype=np.float64)
     groups = list(range(len(data))) if groups is None else list(groups)
     strata = [None] * len(data) if strata is None else list(strata)
-    _check(data, groups, strata, resamples, confidence)
-    rng = np.random.default_rng(seed)
+    _check(data, groups, strata)
+    rng = np.random.default_rng(bootstrap.seed)
     means: list[float] = []
-    draws = np.zeros(resamples)
+    draws = np.zeros(bootstrap.resamples)
     enough = True
     for stratum in dict.fromkeys(strata):
         index = [i for i, s in enumerate(strata) if s == stratum]
@@ -77,13 +53,12 @@ def bootstrap_interval(
         means.append(float(sums.sum() / counts.sum()))
         enough = enough and len(sums) > 1
         if enough:
-            draws += _resampled_means(sums, counts, resamples, rng)
+            draws += _resampled_means(sums, counts, bootstrap.resamples, rng)
     mean = math.fsum(means) / len(means)
     if not enough:
         return Interval(mean, math.nan, math.nan, math.nan, len(data))
     draws /= len(means)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
+    low, high = np.quantile(draws, bootstrap.tails)
     return Interval(mean, float(draws.std(ddof=1)), float(low), float(high), len(data))
 
 
@@ -93,11 +68,9 @@ def paired_interval(
     groups: Sequence[Hashable] | None = None,
     *,
     strata: Sequence[Hashable] | None = None,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> Interval:
-    """Interval of the mean difference ``a - b`` of values of the same images; arguments as ``bootstrap_interval``.
+    """Return the interval of the mean difference ``a - b``; the arguments are those of ``bootstrap_interval``.
 
     Raises:
         ValueError: as ``bootstrap_interval``, and if ``a`` and ``b`` differ in length.
@@ -105,30 +78,49 @@ def paired_interval(
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"paired values differ in number: {len(first)} and {len(second)}")
-    return bootstrap_interval(
-        first - second, groups, strata=strata, resamples=resamples, confidence=confidence, seed=seed
-    )
+    return bootstrap_interval(first - second, groups, strata=strata, bootstrap=bootstrap)
 
 
-def _check(
-    data: NDArray[np.float64],
-    groups: Sequence[Hashable],
-    strata: Sequence[Hashable],
-    resamples: int,
-    confidence: float,
-) -> None:
+def crossed_interval(differences: NDArray[np.floating], *, bootstrap: Bootstrap = DEFAULT) -> Interval:
+    """Return the mean of paired differences of one method against several seeds of another, resampling both.
+
+    Prompts and seeds are crossed: every seed saw every prompt. Each bootstrap repetition draws prompts and, on its own,
+    seeds with replacement; so the interval covers other prompts as well as other seeds.
+
+    Args:
+        differences: (seeds, prompts); nan where a pair has no difference (identical images).
+        bootstrap: how to draw.
+
+    Raises:
+        ValueError: fewer than two prompts or seeds, or a prompt or seed without any difference.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    valid = np.isfinite(data)
+    if data.ndim != 2 or min(data.shape) < 2 or not (valid.any(0).all() and valid.any(1).all()):
+        raise ValueError(f"expected (seeds, prompts) with at least two of each, got {data.shape}")
+    rng = np.random.default_rng(bootstrap.seed)
+    drawn = []
+    for number in data.shape:
+        drawn.append(rng.multinomial(number, [1 / number] * number, size=bootstrap.resamples).astype(np.float64))
+    seeds, prompts = drawn
+    sums = ((seeds @ np.where(valid, data, 0.0)) * prompts).sum(1)
+    counts = ((seeds @ valid.astype(np.float64)) * prompts).sum(1)
+    draws = sums / counts
+    low, high = np.quantile(draws, bootstrap.tails)
+    return Interval(float(data[valid].mean()), float(draws.std(ddof=1)), float(low), float(high), int(valid.sum()))
+
+
+def _check(data: NDArray[np.float64], groups: Sequence[Hashable], strata: Sequence[Hashable]) -> None:
     if data.ndim != 1 or len(data) == 0:
         raise ValueError(f"expected a non-empty list of values, got shape {data.shape}")
     if not np.isfinite(data).all():
         raise ValueError("values must be finite")
     if not len(groups) == len(strata) == len(data):
         raise ValueError(f"{len(data)} values, {len(groups)} groups, {len(strata)} strata")
-    if resamples < 2 or not 0 < confidence < 1:
-        raise ValueError(f"resamples must be at least 2 and confidence in (0, 1), got {resamples}, {confidence}")
 
 
 def _group_sums(data: NDArray[np.float64], groups: Sequence[Hashable]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Sum and number of the values of each group, in order of first appearance."""
+    """Return sum and number of the values of each group, in order of first appearance."""
     order: dict[Hashable, int] = {}
     codes = np.array([order.setdefault(group, len(order)) for group in groups])
     sums = np.bincount(codes, weights=data, minlength=len(order)).astype(np.float64)
@@ -138,7 +130,7 @@ def _group_sums(data: NDArray[np.float64], groups: Sequence[Hashable]) -> tuple[
 def _resampled_means(
     sums: NDArray[np.float64], counts: NDArray[np.int64], resamples: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """(resamples,) means of as many groups drawn with replacement."""
+    """Return (resamples,) means, each of as many groups drawn with replacement."""
     n = len(sums)
     rows = max(1, _CHUNK // n)
     out = np.empty(resamples)
@@ -148,32 +140,80 @@ def _resampled_means(
     return out
 
 
-def crossed_interval(
-    differences: NDArray[np.floating], *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
-) -> Interval:
-    """Mean of paired differences of one method against several seeds of another, resampling both.
+# ------------------------------------------------------------------------------------------ scores of images to rows
 
-    Prompts and seeds are crossed: every seed saw every prompt. Each bootstrap repetition draws prompts and, on its own,
-    seeds with replacement; so the interval covers what other prompts and what other seeds would have given.
+
+def mean_value(
+    variant: str,
+    scores: Sequence[Score],
+    baseline: Sequence[Score] | None,
+    bootstrap: Bootstrap,
+    *,
+    stratified: bool = False,
+    extra: Mapping[str, float] | None = None,
+) -> Value:
+    """Return the mean of ``scores`` as a row, with the paired difference to ``baseline`` in ``extra``.
 
     Args:
-        differences: (seeds, prompts); nan where a pair has no difference (identical images).
-        resamples, confidence, seed: as in ``bootstrap_interval``.
+        variant: of the row.
+        scores: at least one, all finite.
+        baseline: scores of the run to compare with; None where there is none.
+        bootstrap: of both intervals, over prompts.
+        stratified: take the unweighted mean over strata and resample prompts within them; else the mean over images.
+        extra: further numbers.
 
     Raises:
-        ValueError: fewer than two prompts or seeds, or a prompt or seed without any difference.
+        ValueError: no scores.
     """
-    data = np.asarray(differences, dtype=np.float64)
-    valid = np.isfinite(data)
-    if data.ndim != 2 or min(data.shape) < 2 or not (valid.any(0).all() and valid.any(1).all()):
-        raise ValueError(f"expected (seeds, prompts) with at least two of each, got {data.shape}")
-    rng = np.random.default_rng(seed)
-    num_seeds, num_prompts = data.shape
-    seeds = rng.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=resamples).astype(np.float64)
-    prompts = rng.multinomial(num_prompts, [1 / num_prompts] * num_prompts, size=resamples).astype(np.float64)
-    sums = ((seeds @ np.where(valid, data, 0.0)) * prompts).sum(1)
-    counts = ((seeds @ valid.astype(np.float64)) * prompts).sum(1)
-    draws = sums / counts
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Interval(float(data[valid].mean()), float(draws.std(ddof=1)), float(low), float(high), int(valid.sum()))
+    interval = bootstrap_interval(
+        [s.value for s in scores],
+        [s.prompt_id for s in scores],
+        strata=[s.stratum for s in scores] if stratified else None,
+        bootstrap=bootstrap,
+    )
+    difference = paired_difference(scores, baseline, bootstrap, stratified=stratified)
+    return Value.of(variant, interval, {**(extra or {}), **difference})
+
+
+def by_stratum(
+    scores: Sequence[Score], baseline: Sequence[Score] | None, bootstrap: Bootstrap, order: Sequence[str] = ()
+) -> list[Value]:
+    """Return a row per stratum that occurs, those named in ``order`` first; none where images have no strata."""
+    present = {s.stratum for s in scores} - {""}
+    names = [name for name in order if name in present] + sorted(present - set(order))
+    return [mean_value(name, [s for s in scores if s.stratum == name], baseline, bootstrap) for name in names]
+
+
+def paired_difference(
+    scores: Sequence[Score], baseline: Sequence[Score] | None, bootstrap: Bootstrap, *, stratified: bool = False
+) -> dict[str, float]:
+    """Return ``scores - baseline`` over the images that both have, as entries of ``Value.extra``.
+
+    Pairs with an infinite value on either side have no difference and are left out; ``difference_n`` says how many
+    remain. Empty without a baseline or without a pair.
+
+    Args:
+        scores: of the run.
+        baseline: of the run to compare with.
+        bootstrap: of the interval, over prompts.
+        stratified: take the unweighted mean over strata instead of the mean over images.
+    """
+    other = {(s.prompt_id, s.index): s.value for s in baseline or ()}
+    pairs = [(s, other[key]) for s in scores if (key := (s.prompt_id, s.index)) in other]
+    pairs = [(s, value) for s, value in pairs if np.isfinite([s.value, value]).all()]
+    if not pairs:
+        return {}
+    interval = paired_interval(
+        [s.value for s, _ in pairs],
+        [value for _, value in pairs],
+        [s.prompt_id for s, _ in pairs],
+        strata=[s.stratum for s, _ in pairs] if stratified else None,
+        bootstrap=bootstrap,
+    )
+    return {
+        "difference": interval.mean,
+        "difference_stderr": interval.stderr,
+        "difference_low": interval.low,
+        "difference_high": interval.high,
+        "difference_n": interval.n,
+    }

@@ -2,60 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from heatkv_cli.errors import ArtifactError
-from heatkv_cli.metrics.base import Kind, Pass, Sample, Score, Value, paired_difference
-from heatkv_cli.metrics.intervals import bootstrap_interval
+from heatkv_cli.metrics.base import ImageMetric, Sample, Score, Spec, Value
+from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap, bootstrap_interval, mean_value
+
+_SCALE = "kl_s"
+"""Begins the names of the recorded numbers of single scales."""
 
 
 @dataclass(frozen=True)
-class KLPerBit:
+class KLPerBit(ImageMetric):
     """KL(full || method) per bit in nats, mean over all bits of all tokens of target scales 1..K-1.
 
     Rule: the forced pass feeds the full run's bits at every scale through the ordinary cache path and compares the
     logits that sampling uses (after guidance, tau = 1, before top-k and top-p). Variants give each target scale.
 
-    Args:
-        resamples, confidence, seed: of the bootstrap over prompts.
-
-    Source: design of this toolkit (specs/methods.md 1.8 e).
+    Source: definition of this toolkit. Targets are the same for every method, and evictions happen as in generation.
     """
 
-    resamples: int = 10_000
-    confidence: float = 0.95
-    seed: int = 0
-    name: ClassVar[str] = "kl"
-    version: ClassVar[str] = "1"
-    unit: ClassVar[str] = "nats per bit"
-    higher_is_better: ClassVar[bool] = False
-    kind: ClassVar[Kind] = "paired"
-    needs: ClassVar[Pass] = "forced"
+    SPEC: ClassVar[Spec] = Spec("kl", "1", "nats per bit", higher_is_better=False, kind="paired", needs="forced")
 
     def score(self, sample: Sample) -> Score:
-        """The recorded KL of one image.
+        """Return the recorded KL of one image.
 
         Raises:
-            ArtifactError: the pass recorded none.
+            ArtifactError: the pass recorded none, or something that is no number.
         """
-        if "kl" not in sample.recorded:
+        recorded = {key: value for key, value in sample.recorded.items() if key == "kl" or key.startswith(_SCALE)}
+        if "kl" not in recorded:
             raise ArtifactError(f"metric kl: nothing was recorded for prompt {sample.prompt_id}", "run it again")
-        parts = {key: value for key, value in sample.recorded.items() if key.startswith("kl_s")}
-        return Score(sample.prompt_id, sample.index, sample.recorded["kl"], parts=parts)
+        wrong = [key for key, value in recorded.items() if not _is_number(value)]
+        wrong += [key for key in recorded if key != "kl" and not key.removeprefix(_SCALE).isdecimal()]
+        if wrong:
+            raise ArtifactError(
+                f"metric kl: what was recorded for prompt {sample.prompt_id} is damaged: "
+                f"{wrong[0]} is {recorded[wrong[0]]!r}",
+                "remove the run's folder forced, and run the command again",
+            )
+        return Score(sample.prompt_id, sample.index, recorded.pop("kl"), parts=recorded)
 
-    def summarise(self, scores: Sequence[Score], baseline: Sequence[Score] | None = None) -> list[Value]:
-        """Mean over images (headline), and the mean of each target scale.
+    def summarise(
+        self, scores: Sequence[Score], baseline: Sequence[Score] | None = None, bootstrap: Bootstrap = DEFAULT
+    ) -> list[Value]:
+        """Return the mean over images (headline), and the mean of each target scale.
 
         Raises:
-            ValueError: no scores.
+            ValueError: no scores, or they are not of the same scales.
         """
-        bootstrap = {"resamples": self.resamples, "confidence": self.confidence, "seed": self.seed}
         prompts = [s.prompt_id for s in scores]
-        difference = paired_difference(scores, baseline, **bootstrap)  # type: ignore[arg-type]
-        values = [Value.of("", bootstrap_interval([s.value for s in scores], prompts, **bootstrap), difference)]  # type: ignore[arg-type]
-        for part in sorted(scores[0].parts, key=lambda name: int(name.removeprefix("kl_s"))):
-            interval = bootstrap_interval([s.parts[part] for s in scores], prompts, **bootstrap)  # type: ignore[arg-type]
+        values = [mean_value("", scores, baseline, bootstrap)]
+        if any(s.parts.keys() != scores[0].parts.keys() for s in scores):
+            raise ValueError("the images were recorded with different scales")
+        for part in sorted(scores[0].parts, key=lambda name: int(name.removeprefix(_SCALE))):
+            interval = bootstrap_interval([s.parts[part] for s in scores], prompts, bootstrap=bootstrap)
             values.append(Value.of(part.removeprefix("kl_"), interval))
         return values
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,38 +5,87 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from heatkv_cli.errors import SetupError
-from heatkv_cli.metrics.base import Image, Kind, Pass, Sample, Score, Value, pair_of
-from heatkv_cli.metrics.images import by_size, sample_pictures, stack
-from heatkv_cli.metrics.summary import Bootstrap, mean_value
+from heatkv_cli.errors import ArtifactError, SetupError
+from heatkv_cli.metrics.base import ImageMetric, Networked, Sample, Score, Spec
+from heatkv_cli.metrics.networks import loaded, ready
+from heatkv_cli.metrics.parameters import aside, parameter
+from heatkv_cli.metrics.pictures import by_size, sample_pictures, stack
+from heatkv_cli.metrics.scores import Image, pair_of
 from heatkv_cli.metrics.weights import (
+    Wanted,
     WeightsFile,
     check_name,
-    find_weights,
     load_exactly,
     read_checkpoint,
+    read_state,
     weights_sha256,
 )
 
 Net = Literal["alex", "vgg"]
-_SOURCE = "download.pytorch.org/models"
-_BACKBONES: dict[str, tuple[str, WeightsFile, tuple[int, ...]]] = {
-    "alex": ("alexnet", WeightsFile("alexnet-owt-7be5be79.pth", _SOURCE, licence="BSD-3-Clause"), (1, 4, 7, 9, 11)),
-    "vgg": ("vgg16", WeightsFile("vgg16-397923af.pth", _SOURCE, licence="BSD-3-Clause"), (3, 8, 15, 22, 29)),
+
+
+@dataclass(frozen=True)
+class _Backbone:
+    """A network of torchvision as LPIPS uses it.
+
+    Attributes:
+        model: torchvision's name.
+        taps: the layers of ``features`` after which the distance is taken.
+        parameters: numbers in the layers up to the last tap.
+        least: smallest side of a picture that reaches the last tap.
+        file: of its weights.
+        heads: sha256 of the learned heads (v0.1).
+    """
+
+    model: str
+    taps: tuple[int, ...]
+    parameters: int
+    least: int
+    file: WeightsFile
+    heads: str
+
+
+_BACKBONES: dict[str, _Backbone] = {
+    "alex": _Backbone(
+        "alexnet",
+        taps=(1, 4, 7, 9, 11),
+        parameters=2_469_696,
+        least=31,
+        file=WeightsFile(
+            "alexnet-owt-7be5be79.pth",
+            "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            licence="BSD-3-Clause",
+            sha256=("7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",),
+            bytes=244_408_911,
+        ),
+        heads="df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+    ),
+    "vgg": _Backbone(
+        "vgg16",
+        taps=(3, 8, 15, 22, 29),
+        parameters=14_714_688,
+        least=16,
+        file=WeightsFile(
+            "vgg16-397923af.pth",
+            "https://download.pytorch.org/models/vgg16-397923af.pth",
+            licence="BSD-3-Clause",
+            sha256=("397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",),
+            bytes=553_433_881,
+        ),
+        heads="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    ),
 }
-"""Torchvision's name, its file, and after which layers of ``features`` the distance is taken."""
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 @dataclass(frozen=True)
-class LPIPS:
+class LPIPS(Networked, ImageMetric):
     """Learned perceptual distance per image; 0 for identical images.
 
     Rule: images to [-1, 1] at their own size; at five layers the features of a pixel are scaled to unit length,
@@ -46,77 +95,84 @@ class LPIPS:
         net: ``alex`` (torchmetrics' and ScaleKV's default) or ``vgg``.
         batch_size: images per pass through the network.
         weights: the backbone's file; None for the usual places. The heads come with torchmetrics.
-        device: of the network.
-        weights_folder: the first of the usual places.
-        resamples, confidence, seed: of the bootstrap over prompts.
 
     Source: Zhang et al., arXiv 1801.03924; behaviour of lpips 0.1.4 and torchmetrics 1.9.0 (``normalize=True``).
     """
 
-    net: Net = "alex"
-    batch_size: int = 8
-    weights: str | None = None
-    device: str = "cpu"
-    weights_folder: Path | None = None
-    resamples: int = 10_000
-    confidence: float = 0.95
-    seed: int = 0
-    name: str = "lpips"
-    version: ClassVar[str] = "1"
-    unit: ClassVar[str] = ""
-    higher_is_better: ClassVar[bool] = False
-    kind: ClassVar[Kind] = "paired"
-    needs: ClassVar[Pass] = "free"
+    SPEC: ClassVar[Spec] = Spec("lpips", "1", "", higher_is_better=False, kind="paired")
+
+    net: Net = parameter("alex")
+    batch_size: int = aside(8, least=1)
+    weights: str | None = aside(None)
 
     @property
-    def path(self) -> Path:
-        """The backbone's file; raises SetupError where there is none."""
-        return find_weights(_BACKBONES[self.net][1], self.weights, self.weights_folder)
+    def variant(self) -> str:
+        """The backbone."""
+        return self.net
 
     @property
-    def weights_sha256(self) -> str:
-        """Digest of the backbone; the heads are those of the only version there is."""
-        return weights_sha256(self.path)
+    def network(self) -> str:
+        """The backbone."""
+        return f"lpips-{self.net}"
+
+    def network_bytes(self) -> int:
+        """Return the bytes of the convolutions; heads are a few kB."""
+        return 4 * _BACKBONES[self.net].parameters
+
+    def packages(self) -> tuple[tuple[str, str], ...]:
+        """Return torchmetrics, which has the heads."""
+        return (("torchmetrics", ""),)
+
+    def files(self) -> tuple[Wanted, ...]:
+        """Return the backbone's file."""
+        return (Wanted(_BACKBONES[self.net].file, self.weights, self.weights_folder),)
+
+    def identity(self) -> dict[str, Any]:
+        """Return also the digest of the heads."""
+        return {**super().identity(), "heads": weights_sha256(_heads(self.net))}
 
     def self_check(self) -> str:
-        """'' where the weights are what their name says and the distance works, else what is wrong.
+        """Return '' where the weights are what their name says and the distance works, else what is wrong.
 
         Raises:
             SetupError: the weights are missing.
             ArtifactError: they do not fit.
         """
-        if wrong := check_name(self.path):
+        if wrong := check_name(self.files()[0].path):
             return wrong
         a, b = sample_pictures()
         same, other = (self.score(Sample("", image=a, reference=side)).value for side in (a, b))
         return "" if same == 0 < other else f"a picture is {same} from itself and {other} from another"
 
-    def score(self, sample: Sample) -> Score:
-        """Distance of one image; raises as ``score_batch``."""
-        return self.score_batch([sample])[0]
-
     def score_batch(self, samples: Sequence[Sample]) -> list[Score]:
-        """Distance of each image.
+        """Return the distance of each image.
 
         Raises:
             SetupError: the weights are missing.
-            ArtifactError: they do not fit, image or reference is missing, or sizes differ.
+            ArtifactError: they do not fit; image or reference is missing; sizes differ; or a picture is too small.
         """
-        pairs = [pair_of(self.name, sample) for sample in samples]
+        pairs = [pair_of(self.spec.name, sample) for sample in samples]
+        self._network()  # what is wrong with the weights is no picture's fault
+        least = _BACKBONES[self.net].least
+        for sample, (image, _) in zip(samples, pairs, strict=True):
+            if min(image.shape[:2]) < least:
+                raise ArtifactError(
+                    f"{self.spec.name}: prompt {sample.prompt_id}: {image.shape[0]} x {image.shape[1]} pixels are too "
+                    "few",
+                    f"pictures need {least} pixels a side",
+                )
         values = by_size(self._values, [image for image, _ in pairs], [reference for _, reference in pairs])
         return [Score(s.prompt_id, s.index, v) for s, v in zip(samples, values.tolist(), strict=True)]
 
     @torch.inference_mode()
     def _values(self, images: Sequence[Image], references: Sequence[Image]) -> Tensor:
-        network = _network(self.net, self.path, self.weights_sha256, self.device)
         x, y = (stack(side, self.device).float() / 127.5 - 1 for side in (images, references))
-        distances: Tensor = network(x, y)
+        distances: Tensor = self._network()(x, y)
         return distances
 
-    def summarise(self, scores: Sequence[Score], baseline: Sequence[Score] | None = None) -> list[Value]:
-        """Mean over images."""
-        bootstrap = Bootstrap(self.resamples, self.confidence, self.seed)
-        return [mean_value(self.net, scores, baseline, bootstrap)]
+    def _network(self) -> nn.Module:
+        path = self.files()[0].verified()
+        return loaded((self.network, self.digest(), self.device), lambda: _load(self.net, path, self.device))
 
 
 class _Network(nn.Module):
@@ -127,7 +183,7 @@ class _Network(nn.Module):
             self.register_buffer(f"head{i}", head)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """(n,) distances of two (n, 3, H, W) batches in [-1, 1]."""
+        """Return the (n,) distances of two (n, 3, H, W) batches in [-1, 1]."""
         shift, scale = (torch.tensor(numbers, device=x.device).view(1, 3, 1, 1) for numbers in (_SHIFT, _SCALE))
         x, y = ((side - shift) / scale for side in (x, y))
         total = torch.zeros(len(x), device=x.device)
@@ -140,29 +196,34 @@ class _Network(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Features scaled to unit length along the channels."""
+    """Return features scaled to unit length along the channels."""
     return x / torch.sqrt(1e-8 + (x**2).sum(1, keepdim=True))
 
 
-@lru_cache(maxsize=2)
-def _network(net: Net, path: Path, sha256: str, device: str) -> nn.Module:
+def _load(net: Net, path: Path, device: str) -> nn.Module:
     from torchvision import models
 
-    name, _, taps = _BACKBONES[net]
+    backbone = _BACKBONES[net]
     with torch.device("meta"):  # the classifier is not used, and takes seconds to draw
-        features = getattr(models, name)(weights=None).features[: max(taps) + 1]
+        features = getattr(models, backbone.model)(weights=None).features[: max(backbone.taps) + 1]
     features.to_empty(device="cpu")
-    stored = read_checkpoint(path)
+    stored = read_state(path)
     own = {key: stored[f"features.{key}"] for key in features.state_dict() if f"features.{key}" in stored}
     load_exactly(features, own, path)
-    heads = read_checkpoint(_heads(net))
-    network = _Network(features, taps, [heads[f"lin{i}.model.1.weight"] for i in range(len(taps))])
-    return network.requires_grad_(False).eval().to(device)
+    heads, count = read_checkpoint(_heads(net)), len(backbone.taps)
+    return ready(_Network(features, backbone.taps, [heads[f"lin{i}.model.1.weight"] for i in range(count)]), device)
 
 
 def _heads(net: Net) -> Path:
-    """The learned heads, found without importing torchmetrics, which takes seconds."""
+    """The learned heads, found without importing torchmetrics, which takes seconds.
+
+    Raises:
+        SetupError: torchmetrics is not installed, or has other heads than version 0.1.
+    """
     found = importlib.util.find_spec("torchmetrics")
     if found is None or not found.submodule_search_locations:
         raise SetupError("package torchmetrics is not installed", "pip install torchmetrics")
-    return Path(found.submodule_search_locations[0]) / "functional" / "image" / "lpips_models" / f"{net}.pth"
+    path = Path(found.submodule_search_locations[0]) / "functional" / "image" / "lpips_models" / f"{net}.pth"
+    if not path.is_file() or weights_sha256(path) != _BACKBONES[net].heads:
+        raise SetupError(f"{path} does not hold the heads of LPIPS v0.1", "pip install --force-reinstall torchmetrics")
+    return path

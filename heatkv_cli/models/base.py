@@ -26,13 +26,8 @@ class Attend(Protocol):
         k: Tensor,
         v: Tensor,
         softmax_scale: float,
-        raw_query: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """Attention of the current scale's q over the layer's history and the current k, v; all (B, H, N, D).
-
-        `raw_query` makes the bare projection of q, without bias, normalisation, temperature and rotation; called at
-        once or not at all. A model may leave it away; a method that needs it then says so.
-        """
+        """Attention of the current scale's q over the layer's history and the current k, v; all (B, H, N, D)."""
         ...
 
 

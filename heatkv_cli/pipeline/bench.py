@@ -19,10 +19,13 @@ from heatkv_cli.core.timeline import Timeline, mark_seconds, stage
 from heatkv_cli.errors import ConfigError
 from heatkv_cli.models.base import ImageModel
 from heatkv_cli.pipeline import bench_table as tables
-from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.bench_table import Pass
-from heatkv_cli.pipeline.generate import Job, Models, memory_errors, new_cache, prepare
+from heatkv_cli.pipeline.calibrate import calibrate_all
+from heatkv_cli.pipeline.generate import Models, memory_errors, new_cache
 from heatkv_cli.pipeline.process_memory import peak_memory
+from heatkv_cli.planning.job import ImageJob, Job, generators_of
+from heatkv_cli.planning.preflight import preflight
+from heatkv_cli.planning.resolver import Resolver
 from heatkv_cli.results import finish_meta, write_file, write_meta
 
 FILE, TABLE = "bench.csv", "bench.md"
@@ -37,7 +40,7 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
     model = Models().get(jobs[0])
     loaded = perf_counter() - clock
     prompts = [image.item.prompt for image in _batch(jobs[0])]
-    model.prepare(prompts, setup.text_root(cfg))
+    model.prepare(prompts, cfg.text_root)
     condition = model.encode(prompts)
     text = perf_counter() - clock - loaded
     folder = _begin(plan, jobs)  # once there is a model: files that cannot be read leave no folder behind
@@ -52,7 +55,7 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
             for job in jobs[first:] + jobs[:first]:
                 passes[job.run_id].append(_measure(job, model, condition))
                 write_file(folder / FILE, tables.encode(jobs, passes, plan.command_line))
-                progress.advance(note=f"{job.cfg.method.name} {job.cfg.budget_label}")
+                progress.advance(note=f"{job.cfg.method.name} {job.cfg.budget.slug}")
     summary = tables.summary(jobs, passes)
     write_file(folder / TABLE, tables.markdown(jobs, passes, plan.command_line).encode())
     finish_meta(folder, load_seconds=loaded, text_seconds=text)
@@ -76,28 +79,34 @@ def _jobs(plan: Plan, ui: Console) -> list[Job]:
         ConfigError: runs that one loaded model cannot make, or a calibration of random weights.
     """
     first = plan.first
-    shared = replace(first.runtime, attention="auto")
+    shared = replace(first.runtime, attention="grouped")
     for cfg in plan.runs:
-        if (cfg.model, cfg.weights) != (first.model, first.weights) or replace(cfg.runtime, attention="auto") != shared:
+        if (cfg.model, cfg.weights) != (first.model, first.weights) or replace(
+            cfg.runtime, attention="grouped"
+        ) != shared:
             raise ConfigError(
                 "bench compares methods and budgets on one loaded model, this sweep changes more than that",
                 "run the command once for each model, resolution, device and number of threads",
             )
         _require_orders(cfg)
-    jobs = {job.run_id: job for job in (prepare(cfg, ui) for cfg in (first.as_reference(), *plan.runs))}
+    resolver = Resolver()
+    ready = preflight(plan, resolver)
+    ready.check(plan)
+    calibrate_all([cfg for cfg in plan.runs if resolver.needs_calibration(cfg)], resolver, ui)
+    jobs = {job.run_id: job for job in (resolver.job(cfg) for cfg in (first.as_reference(), *plan.runs))}
     return list(jobs.values())
 
 
 def _require_orders(cfg: RunConfig) -> None:
     given = (cfg.orders, cfg.calibration, cfg.schedule)
-    if cfg.random_weights and setup.method_of(cfg.method).calibrated and not any(given):
+    if cfg.random_weights and cfg.method.object.calibrated and not any(given):
         raise ConfigError(
             f"method {cfg.method.name} is calibrated, and in random weights there is nothing to find",
             "--orders FILE (the published ones), or method=random: the same schedule in random order",
         )
 
 
-def _batch(job: Job) -> list[setup.Image]:
+def _batch(job: Job) -> tuple[ImageJob, ...]:
     return job.images[: job.cfg.runtime.batch_size]
 
 
@@ -117,16 +126,16 @@ def _begin(plan: Plan, jobs: list[Job]) -> Path:
         config_hash=digest,
         config=cfg.plain(),
         runs=[job.run_id for job in jobs],
-        weights_sha256=jobs[0].weights_sha256,
-        schedules_sha256=[job.schedule.sha256 if job.schedule else None for job in jobs],
+        weights_sha256=jobs[0].inputs.weights_sha256,
+        schedules_sha256=[job.plan_sha256 for job in jobs],
     )
     return folder
 
 
 def _measure(job: Job, model: ImageModel, condition: Any) -> Pass:
     """One pass, its cache included; then its pixels."""
-    batch, device = _batch(job), setup.device_of(job.cfg)
-    sampling, generators = setup.sampling_of(job.cfg.model), setup.generators_of(batch)
+    batch, device = _batch(job), job.device
+    sampling, generators = job.sampling, generators_of(batch)
     with memory_errors(len(batch)):
         with peak_memory(device) as generating:
             cpu = process_time()

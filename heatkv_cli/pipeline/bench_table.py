@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from heatkv_cli.core.timeline import Place
-from heatkv_cli.pipeline import setup
-from heatkv_cli.pipeline.generate import Job
 from heatkv_cli.pipeline.process_memory import Memory
+from heatkv_cli.planning.job import Job
 from heatkv_cli.results import encode_rows, environment, utc_now
 
 ALL = "all"
@@ -134,19 +133,38 @@ def _rows(job: Job, full: Job, passes: Passes, command: str) -> Iterable[dict[st
     cfg, facts = job.cfg, environment()
     batch = cfg.runtime.batch_size
     common = {
-        "run_id": job.run_id, "model": cfg.model.name, "resolution": cfg.model.resolution,
-        "method": cfg.method.name, "method_args_json": cfg.method.params, "budget": cfg.budget, "rho": cfg.rho,
-        **_machine(job), "batch_size": batch, "rows": batch * (2 if setup.sampling_of(cfg.model).guided else 1),
-        "weights_sha256": job.weights_sha256, "schedule_sha256": job.schedule.sha256 if job.schedule else None,
-        "torch_version": torch.__version__, "heatkv_version": facts["heatkv_version"],
-        "git_sha": facts["git_sha"], "git_dirty": facts["git_dirty"], "created_utc": utc_now(), "command": command,
-    }  # fmt: skip
+        "run_id": job.run_id,
+        "model": cfg.model.name,
+        "resolution": cfg.model.resolution,
+        "method": cfg.method.name,
+        "method_args_json": cfg.method.params,
+        "budget": cfg.budget.text if cfg.budget.rho is None else None,
+        "rho": None if cfg.budget.rho is None else float(cfg.budget.rho),
+        **_machine(job),
+        "batch_size": batch,
+        "rows": batch * (2 if job.sampling.guided else 1),
+        "weights_sha256": job.inputs.weights_sha256,
+        "schedule_sha256": job.plan_sha256,
+        "torch_version": torch.__version__,
+        "heatkv_version": facts["heatkv_version"],
+        "git_sha": facts["git_sha"],
+        "git_dirty": facts["git_dirty"],
+        "created_utc": utc_now(),
+        "command": command,
+    }
     for (scale, name, measure), number in numbers(job, full, passes).items():
         yield {
-            **common, "scale": scale, "stage": name, "measure": measure, "unit": _unit(measure),
-            "median": number.median, "low": number.low, "high": number.high, "repeats": number.repeats,
+            **common,
+            "scale": scale,
+            "stage": name,
+            "measure": measure,
+            "unit": _unit(measure),
+            "median": number.median,
+            "low": number.low,
+            "high": number.high,
+            "repeats": number.repeats,
             "ratio_to_full": number.ratio,
-        }  # fmt: skip
+        }
 
 
 def _unit(measure: str) -> str:
@@ -160,10 +178,10 @@ def _machine(job: Job) -> dict[str, Any]:
     cfg = job.cfg
     return {
         "device": cfg.runtime.device,
-        "device_name": device_name(setup.device_of(cfg)),
+        "device_name": device_name(job.device),
         "threads": torch.get_num_threads(),
         "dtype": cfg.model.dtype,
-        "attention_backend": setup.backend_of(cfg),
+        "attention_backend": cfg.runtime.attention,
     }
 
 
@@ -204,7 +222,7 @@ def summary(jobs: Sequence[Job], passes: Passes) -> list[dict[str, Any]]:
             {
                 "run_id": job.run_id,
                 "method": job.cfg.method.name,
-                "budget": job.cfg.budget_label,
+                "budget": job.cfg.budget.slug,
                 "seconds_per_image": total.median / batch,
                 "ratio_to_full": total.ratio,
                 "attention_ratio": attention.ratio,
@@ -213,7 +231,7 @@ def summary(jobs: Sequence[Job], passes: Passes) -> list[dict[str, Any]]:
                 "pass_ratio_by_ffn": None if pace is None else pace.ratio,
                 "quotient_by_ffn": None if steady is None else _over(steady, flops),
                 **{f"{name.replace('/', '_')}_share": share for name, share in shares.items()},
-                **{name: each[ALL, "pass", name].median for name in ("beta_alloc", "beta_live", "beta_work")},
+                **{name: each[ALL, "pass", name].median for name in ("beta_alloc", "beta_live")},
                 "added_bytes": None if added is None else added.median,
                 "peak_bytes": None if peak is None else peak.median,
             }
@@ -237,18 +255,21 @@ def shown(jobs: Sequence[Job], passes: Passes) -> list[tuple[str, list[str], lis
         f"{machine['device_name']}, {machine['threads']} threads, median of {cfg.repeats}"
     )
     columns = ["method", "budget", "s/image", "of full", "by ffn", "self-attention", "FLOPs", "quotient", "by ffn"]
-    columns += ["read", "pool", "policy", "beta_alloc", "beta_live", "beta_work", "added MiB", "peak MiB"]
+    columns += ["read", "pool", "policy", "beta_alloc", "beta_live", "added MiB", "peak MiB"]
     rows = [
         [
-            item["method"], item["budget"], f"{item['seconds_per_image']:.3g}",
+            item["method"],
+            item["budget"],
+            f"{item['seconds_per_image']:.3g}",
             *(_cell(item[name]) for name in ("ratio_to_full", "pass_ratio_by_ffn", "attention_ratio", "flop_ratio")),
             *(_cell(item[name]) for name in ("quotient", "quotient_by_ffn")),
             *(f"{item[name]:.1%}" for name in ("attention_read_share", "pool_share", "policy_share")),
-            *(f"{item[name]:.4f}" for name in ("beta_alloc", "beta_live", "beta_work")),
-            _mebibytes(item["added_bytes"]), _mebibytes(item["peak_bytes"]),
+            *(f"{item[name]:.4f}" for name in ("beta_alloc", "beta_live")),
+            _mebibytes(item["added_bytes"]),
+            _mebibytes(item["peak_bytes"]),
         ]
         for item in summary(jobs, passes)
-    ]  # fmt: skip
+    ]
     return [(title, columns, rows), _stages(jobs, passes)]
 
 
@@ -259,7 +280,7 @@ def _stages(jobs: Sequence[Job], passes: Passes) -> tuple[str, list[str], list[l
     keys = [(ALL, name, "seconds") for name in names]
     seconds = {key[1]: [found[key].median if key in found else 0.0 for found in each] for key in keys}
     order = sorted(names, key=lambda name: (name in ("pass", "total"), -seconds[name.partition("/")[0]][0], name))
-    columns = ["seconds", *(f"{job.cfg.method.name} {job.cfg.budget_label}" for job in jobs)]
+    columns = ["seconds", *(f"{job.cfg.method.name} {job.cfg.budget.slug}" for job in jobs)]
     return "stages", columns, [[name, *(f"{value:.4g}" for value in seconds[name])] for name in order]
 
 

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from heatkv_cli.config import Plan, RunConfig, config_hash
+from heatkv_cli.calibration.calibration import Calibration
+from heatkv_cli.calibration.statistics import AttentionStatistics, concatenate
+from heatkv_cli.config import Plan, RunConfig
 from heatkv_cli.console import Console
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.policy import Method, Policy
-from heatkv_cli.core.stability import Stability, compare_calibrations, half_split_stability
-from heatkv_cli.core.statistics import AttentionStatistics, concatenate
+from heatkv_cli.core.policy import Policy
 from heatkv_cli.methods.hack import ALPHA
+from heatkv_cli.methods.heatkv.stability import Stability, compare_calibrations, half_split_stability
 from heatkv_cli.models.base import ImageModel
-from heatkv_cli.pipeline import setup
 from heatkv_cli.pipeline.figures import write_scas_map, write_variance_curve
+from heatkv_cli.planning.job import generators_of, images_of, load_model, sampling_of
+from heatkv_cli.planning.preflight import preflight
+from heatkv_cli.planning.resolver import Resolver
 from heatkv_cli.results import finish_meta, write_meta
-
-FILE = "calibration.safetensors"
 
 
 def run(plan: Plan, ui: Console) -> dict[str, Any]:
-    """Calibrate every model of the plan; returns paths and stability of the last."""
+    """Calibrate every model of the plan, and compare each with its second list; returns paths and stability."""
+    resolver = Resolver()
+    preflight(plan, resolver).check(plan)
     reports = []
     for cfg in plan.runs:
-        geometry, path = setup.geometry_of(cfg.model), calibration_path(cfg, ui)
-        calibration = Calibration.load(path, geometry)
+        path, calibration = calibrate(cfg, resolver, ui)
         stability = half_split_stability(calibration)
-        other = Calibration.load(
-            calibration_path(replace(cfg, calibration_prompts=cfg.calibration_check), ui), geometry
-        )
+        _, other = calibrate(replace(cfg, calibration_prompts=cfg.calibration_check, calibration=None), resolver, ui)
         overlap = compare_calibrations(calibration, other)
         _report(calibration, stability, overlap, cfg.calibration_check.name, ui)
         ui.wrote(path)
@@ -41,56 +41,56 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
         for figure in figures:
             ui.wrote(figure)
         reports.append(
-            {"path": str(path.absolute()), "sha256": calibration.sha256, "check": cfg.calibration_check.name,
-             "stability": stability.as_dict(), "overlap": overlap.as_dict(),
-             "figures": [str(figure.absolute()) for figure in figures]}
-        )  # fmt: skip
+            {
+                "path": str(path.absolute()),
+                "sha256": calibration.sha256,
+                "check": cfg.calibration_check.name,
+                "stability": stability.as_dict(),
+                "overlap": overlap.as_dict(),
+                "figures": [str(figure.absolute()) for figure in figures],
+            }
+        )
     return {**reports[0], "calibrations": reports}
 
 
-def calibration_of(cfg: RunConfig, method: Method, ui: Console) -> Calibration | None:
-    """What a calibrated method without a schedule reads at run time; made if it is not there."""
-    if method.scheduled or not method.calibrated:
-        return None
-    return Calibration.load(calibration_path(cfg, ui), setup.geometry_of(cfg.model))
+def calibrate_all(runs: Sequence[RunConfig], resolver: Resolver, ui: Console) -> None:
+    """Make the calibrations that the runs of another stage need and that are not there yet."""
+    for cfg in runs:
+        path, _ = calibrate(cfg, resolver, ui)
+        ui.wrote(path)
 
 
-def calibration_path(cfg: RunConfig, ui: Console) -> Path:
-    """The calibration of a run: the one it names, one made before, or a new one."""
-    if cfg.calibration is not None:
-        Calibration.load(cfg.calibration, setup.geometry_of(cfg.model))
-        return cfg.calibration
-    files = setup.weight_files(cfg)
-    weights = setup.weights_sha256(files)
-    prompts, _ = setup.prompts_of(cfg.calibration_prompts)
-    identity = {**cfg.calibration_identity(), "weights": weights, "prompts_sha256": prompts.sha256}
-    digest = config_hash(identity)
-    folder = cfg.out / "calibration" / f"{cfg.model.name}-{digest[:8]}"
-    path = folder / FILE
-    if path.exists():
-        Calibration.load(path, setup.geometry_of(cfg.model))
-        return path
-    images = setup.images_of(cfg, prompts, 1, None)
-    model = setup.load_model(cfg, files)  # before there is a folder: files that cannot be read leave none behind
-    model.prepare([image.item.prompt for image in images], setup.text_root(cfg))
-    write_meta(folder, config_hash=digest, config=cfg.plain(), weights_sha256=weights)
-    ui.log_to(folder)
-    calibration = measure(cfg, model, images, prompts.sha256, weights, ui)
+def calibrate(cfg: RunConfig, resolver: Resolver, ui: Console) -> tuple[Path, Calibration]:
+    """Return a run's calibration and its file: the one it names, the one made before, or a new one."""
+    found = resolver.calibration(cfg)
+    if found is not None:
+        return cfg.calibration or resolver.calibration_home(cfg)[0], found
+    path, digest = resolver.calibration_home(cfg)
+    files, weights = resolver.weights(cfg)
+    prompts = resolver.prompts(cfg.calibration_prompts)
+    model = load_model(cfg, files)  # before there is a folder: files that cannot be read leave none behind
+    model.prepare([item.prompt for item in prompts.items], cfg.text_root)
+    write_meta(
+        path.parent,
+        config_hash=digest,
+        config=cfg.plain(),
+        weights_sha256=weights,
+        code_sha256=cfg.calibration_code_sha256,
+    )
+    ui.log_to(path.parent)
+    calibration = measure(cfg, model, resolver, ui)
     calibration.save(path)
-    finish_meta(folder, sha256=calibration.sha256)
-    return path
+    finish_meta(path.parent, sha256=calibration.sha256)
+    return path, calibration
 
 
-def measure(
-    cfg: RunConfig, model: ImageModel, images: list[setup.Image], prompts: str, weights: str, ui: Console
-) -> Calibration:
-    """Run the calibration images with the full cache and collect the statistics of their conditional rows.
-
-    `prompts` and `weights` are digests.
-    """
-    sampling, parts = setup.sampling_of(cfg.model), []
+def measure(cfg: RunConfig, model: ImageModel, resolver: Resolver, ui: Console) -> Calibration:
+    """Run the calibration images with the full cache and collect the statistics of their conditional rows."""
+    prompts = resolver.prompts(cfg.calibration_prompts)
+    images, sampling, size = images_of(cfg, prompts, 1), sampling_of(cfg.model), cfg.runtime.batch_size
+    parts = []
     with ui.progress(f"calibrate {cfg.model.name}", len(images), "prompt") as progress:
-        for batch in setup.batches_of(images, cfg.runtime.batch_size):
+        for batch in (images[i : i + size] for i in range(0, len(images), size)):
             statistics = AttentionStatistics(model.geometry, len(batch))
             cache = KVCache(
                 model.geometry,
@@ -98,20 +98,20 @@ def measure(
                 rows=model.rows(len(batch), sampling),
                 cond_rows=len(batch),
                 dtype=getattr(torch, cfg.model.dtype),
-                device=setup.device_of(cfg),
-                backend=setup.backend_of(cfg),
+                device=cfg.runtime.torch_device,
+                backend=cfg.runtime.attention,
                 observers=(statistics,),
             )
             condition = model.encode([image.item.prompt for image in batch])
-            model.generate(condition, sampling, cache, setup.generators_of(batch))
+            model.generate(condition, sampling, cache, generators_of(batch))
             parts.append(statistics)
             progress.advance(len(batch))
     return Calibration(
         geometry=model.geometry,
-        prompts_sha256=prompts,
+        prompts_sha256=prompts.sha256,
         seeds=tuple(image.seed for image in images),
         sampling=cfg.model.sampling.per_scale(len(cfg.model.sizes)),
-        weights_sha256=weights,
+        weights_sha256=resolver.weights(cfg)[1],
         **concatenate(parts),  # type: ignore[arg-type]
     )
 
@@ -127,21 +127,12 @@ def _figures(calibration: Calibration, path: Path) -> list[Path]:
 
 
 def _report(calibration: Calibration, stability: Stability, overlap: Stability, check: str, ui: Console) -> None:
-    scores = calibration.scores()
+    scores, sources = calibration.scores(), calibration.geometry.sources
     columns = ["source scale", "mean", "std", "max", "tau, half splits", f"tau, {check}"]
-    rows = [
-        [
-            source,
-            f"{scores[i].mean():.4f}",
-            f"{scores[i].std():.4f}",
-            f"{scores[i].max():.4f}",
-            _text(tau),
-            _text(theirs),
-        ]
-        for i, (source, tau, theirs) in enumerate(
-            zip(calibration.geometry.sources, stability.tau, overlap.tau, strict=True)
-        )
-    ]
+    rows = []
+    for i, (source, tau, theirs) in enumerate(zip(sources, stability.tau, overlap.tau, strict=True)):
+        spread = [scores[i].mean(), scores[i].std(), scores[i].max()]
+        rows.append([source, *(f"{value:.4f}" for value in spread), _text(tau), _text(theirs)])
     title = f"S-CAS per source scale over {calibration.geometry.heads} heads, {len(calibration.seeds)} prompts"
     ui.table(columns, rows, title)
     rows = [[f"{float(b):.0%}", _text(j), _text(overlap.jaccard[b])] for b, j in stability.jaccard.items()]

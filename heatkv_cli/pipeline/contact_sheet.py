@@ -9,12 +9,12 @@ from pathlib import Path
 from PIL import Image as Pixels
 from PIL import ImageDraw, ImageFont
 
-from heatkv_cli.pipeline.setup import Image
+from heatkv_cli.planning.job import ImageJob
 
 CELL, LABEL, GAP = 120, 110, 4
 
 
-def write_contact_sheet(path: Path, runs: Sequence[tuple[str, Path]], images: Sequence[Image]) -> Path:
+def write_contact_sheet(path: Path, runs: Sequence[tuple[str, Path]], images: Sequence[ImageJob]) -> Path:
     """Draw the sheet.
 
     Args:

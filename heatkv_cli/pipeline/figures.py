@@ -9,7 +9,7 @@ from PIL import Image as Pixels
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
-from heatkv_cli.core.statistics import elbow
+from heatkv_cli.calibration.statistics import elbow
 
 FONT = ImageFont.load_default(11)
 GREY, CURVE, MARK = "#888888", "#1f5fbf", "#c03020"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from heatkv_cli.benchmarks.base import DATA, Benchmark, OnHub
-from heatkv_cli.config import RunConfig, build_leaf
+from heatkv_cli.config import RunConfig
 from heatkv_cli.console import Console, size_text
 from heatkv_cli.errors import ConfigError, SetupError
 from heatkv_cli.models.weights import WeightFile, asset, damage, lacking, places
@@ -37,11 +37,20 @@ def inventory(runs: Sequence[RunConfig], ui: Console, deep: bool = False) -> dic
     """
     records = [record(run, file, deep) for run in runs for file in run.model.weights.files]
     columns = ("model", "file", "size", "licence", "from", "state")
-    ui.table(columns, [
-        [r["model"], r["name"], "-" if r["bytes"] is None else size_text(r["bytes"]), r["licence"] or "-", r["from"],
-         f"{r['state']}: {r['problem']}" if r["problem"] else r["state"]]
-        for r in records
-    ])  # fmt: skip
+    ui.table(
+        columns,
+        [
+            [
+                r["model"],
+                r["name"],
+                "-" if r["bytes"] is None else size_text(r["bytes"]),
+                r["licence"] or "-",
+                r["from"],
+                f"{r['state']}: {r['problem']}" if r["problem"] else r["state"],
+            ]
+            for r in records
+        ],
+    )
     return {"files": records, "complete": all(r["state"] == PRESENT for r in records)}
 
 
@@ -95,6 +104,8 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
     if not wanted:
         ui.say(f"model {model}: nothing to fetch, all files are there")
         return {"model": model, "files": [], "bytes": 0, "revisions": {}}
+    if not dry_run:
+        hub()  # told before anything is asked of it
     commits, sizes = ({}, {}) if dry_run else _ask(model, wanted, target)
     plan = [
         {"repository": file.repository, "path": path, "bytes": sizes.get((file.repository, path))}
@@ -147,6 +158,8 @@ def _ask(
 
 def _failures() -> tuple[type[Exception], ...]:
     """What the hub raises when it cannot be reached or refuses: its HTTP library's errors are not all OSErrors."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return (OSError,)
     http = getattr(importlib.import_module("huggingface_hub.errors"), "HTTPError", OSError)
     return (OSError, http)
 
@@ -184,12 +197,14 @@ def _unreachable(model: str, files: Sequence[WeightFile], target: Path, error: E
     lines = [f"  {url}" for url in _by_hand(files)]
     return SetupError(
         f"model {model}: cannot fetch from the hub: {_reason(error)}",
-        "\n".join((
-            "connect (and unset HF_HUB_OFFLINE), or fetch by hand into a folder named by --weights DIR or "
-            "HEATKV_WEIGHTS_DIR:",
-            *lines,
-        )),
-    )  # fmt: skip
+        "\n".join(
+            (
+                "connect (and unset HF_HUB_OFFLINE), or fetch by hand into a folder named by --weights DIR or "
+                "HEATKV_WEIGHTS_DIR:",
+                *lines,
+            )
+        ),
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -224,7 +239,7 @@ def download_benchmark(run: RunConfig, ui: Console, dry_run: bool = False, image
         SetupError: the benchmark is not on the hub, the hub cannot be reached, the disk is too small, or what came is
             not the list that the YAML describes; says where to get it by hand.
     """
-    benchmark = build_leaf(run.benchmark, Benchmark, where="benchmark")
+    benchmark = run.benchmark.object
     label, source = f"benchmark {benchmark.name}", benchmark.hub
     if images and not (source and source.images):
         raise ConfigError(f"{label} has no images on the hub", "leave --images away")
@@ -238,14 +253,18 @@ def download_benchmark(run: RunConfig, ui: Console, dry_run: bool = False, image
             )
         ui.say(f"{label}: nothing to fetch, {len(benchmark.load())} prompts are there")
         return {"benchmark": benchmark.name, "files": [], "bytes": 0, "revisions": {}}
+    if not dry_run:
+        hub()
     if dry_run:
         total, revisions = source.bytes * (set(wanted) != {source.images}), {}
         total += source.images_bytes * (source.images in wanted)
     else:
         total, commit = _ask_dataset(label, source, wanted)
         revisions = {source.dataset: commit}
-    ui.table(("file", "licence", "from"), [[str(path), source.licence or "none stated", source.url(file)]
-                                           for file, path in wanted.items()])  # fmt: skip
+    ui.table(
+        ("file", "licence", "from"),
+        [[str(path), source.licence or "none stated", source.url(file)] for file, path in wanted.items()],
+    )
     ui.say(f"{label}: {size_text(total)}")
     if not dry_run:
         _check_disk(total, benchmark.path, f"name another folder with {DATA}")

@@ -1,49 +1,53 @@
 """One metric over many images: batched, resumed at the image where it stopped, and never the end of the other metrics.
 
-Used by `eval` (images of a run) and `score` (images of anybody). What is known of an image is written batch by batch
-under a folder named after everything the number depends on: scores as rows, features as blocks. Images are loaded one
-batch at a time, so memory does not grow with their number, but for about 1 kB of bookkeeping each.
+Used by `eval` (images of a run) and `score` (images of anybody). Scores and features are written batch by batch, as
+rows and blocks, under a folder named after everything the number depends on. Images are loaded one batch at a time, so
+memory does not grow with their number, but for about 1 kB of bookkeeping each.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from heatkv_cli.config import MetricConfig, config_hash
+from heatkv_cli.config import config_hash
 from heatkv_cli.console import Console
 from heatkv_cli.errors import ArtifactError, HeatKVError, SetupError
-from heatkv_cli.metrics.base import (
-    Extractor,
-    Features,
-    ImageMetric,
-    Metric,
-    Sample,
-    Score,
-    SetMetric,
-    Value,
-    score_batch,
-)
-from heatkv_cli.metrics.geneval import GenEval
-from heatkv_cli.metrics.moments import Gaussian
-from heatkv_cli.results import RunFolder
+from heatkv_cli.metrics.base import Extractor, ImageMetric, Metric, Sample, Score, SetMetric, Value
+from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap
+from heatkv_cli.metrics.scores import Features
+from heatkv_cli.results import Fields, RunFolder
 
 T = TypeVar("T")
 Status = Literal["ok", "partial", "skipped", "failed"]
 
-SCORE_ROWS = ("image_id", "key", "prompt_id", "sample", "value", "stratum", "parts_json", "note", "status")
-FEATURE_ROWS = ("image_id", "key", "block", "place", "status")
-_NOT_IN_SCORES = {
-    "resamples", "confidence", "seed", "batch_size", "device", "timeout", "python", "detections",
-    "weights", "detector_weights", "clip_weights", "vocabulary", "med_config",
-}  # fmt: skip
-"""Parameters that change intervals, speed or places, but no image's number (weights count by their digest)."""
+SCORE_FIELDS: Fields = {
+    "image_id": str,
+    "key": str,
+    "prompt_id": str,
+    "sample": int,
+    "value": float | int | str,
+    "stratum": str,
+    "parts": dict,
+    "note": str,
+    "sha256_row": str,
+    "status": str,
+}
+"""A line of a folder of scores; numbers that are not finite are texts."""
+FEATURE_FIELDS: Fields = {"image_id": str, "key": str, "block": str, "place": int, "status": str}
+"""A line of a folder of features: in which file, and in which row of it, an image's features are."""
+_SIGNED = tuple(field for field in SCORE_FIELDS if field not in ("sha256_row", "status"))
+"""Fields of a score that its digest covers: a row that somebody edited counts as not there."""
+_BLOCK_NAME = re.compile(r"[0-9a-f]{16}\.npy")
 _ROWS = 1024
 """Features handed to the statistics at once."""
 
@@ -65,7 +69,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out of one metric.
+    """The outcome of one metric.
 
     Attributes:
         values: headline first; none where the metric was skipped or failed.
@@ -73,6 +77,7 @@ class Measured:
         status: ``ok``; ``partial``, some images could not be measured; ``skipped``, something is missing; ``failed``.
         reason: why it is not ok, with what to do.
         weights_sha256: of the metric's network, '' where it has none.
+        elsewhere: the only thing that lacks is images that other shards make.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -80,6 +85,7 @@ class Measured:
     status: Status = "ok"
     reason: str = ""
     weights_sha256: str = ""
+    elsewhere: bool = False
 
 
 class _MetricError(Exception):
@@ -92,7 +98,6 @@ class _MetricError(Exception):
 
 def measure(
     metric: Metric,
-    config: MetricConfig,
     items: Sequence[Item],
     folder: Path,
     ui: Console,
@@ -100,44 +105,62 @@ def measure(
     baseline: Sequence[Score] | None = None,
     reference: Callable[[SetMetric], Any] | None = None,
     shard: tuple[int, int] = (0, 1),
+    bootstrap: Bootstrap = DEFAULT,
+    asked: int | None = None,
 ) -> Measured:
-    """Values of a metric; whatever it lacks is a status and a reason.
+    """Return the values of a metric; whatever it lacks is a status and a reason.
 
     Args:
-        metric, config: the object and what it was built from.
+        metric: what to measure.
         items: images in the order of their list.
         folder: where scores and features of these images are kept.
         ui: for progress.
         baseline: scores of the run to compare with.
         reference: gives a set metric's reference its statistics.
         shard: of this process.
+        bootstrap: how intervals are drawn.
+        asked: number of images that were asked for; fewer make the values partial. None for those in `items`.
 
     Raises:
-        ConfigError: the prompt list lacks what the metric needs.
+        ConfigError: the prompt list lacks what the metric needs, or an option of the metric makes no network.
         SetupError: the folder cannot be written.
     """
-    if isinstance(metric, GenEval):
-        metric = metric.writing_to(folder / "detections" / f"{shard[0]}-of-{shard[1]}.jsonl")
+    metric = metric.writing_to(folder, shard)
     try:
-        digest = _attempt(lambda: str(getattr(metric, "weights_sha256", "")))
+        digest = _attempt(metric.digest)
         errors: dict[str, str] = {}
         if isinstance(metric, SetMetric):
-            _enough(metric, len(items), "images")
-            statistics = statistics_of(metric, items, folder / "features", ui, errors, shard)
-            _enough(metric, statistics.n, "images")
-            target = () if metric.reference is None or reference is None else (_attempt(lambda: reference(metric)),)
-            for side in target:
-                _enough(metric, side.n, "reference images")
-            return _complete(_attempt(lambda: metric.compute(statistics, *target)), [], errors, digest)
+            values = _values_of_set(metric, items, folder, ui, errors, reference, shard, bootstrap)
+            return _of_all(_complete(metric, values, [], errors, digest), len(items), asked, shard)
+        if not isinstance(metric, ImageMetric):
+            raise TypeError(f"{type(metric).__name__} is neither an ImageMetric nor a SetMetric")
         if not items:
             raise _MetricError("skipped", SetupError("0 images", "make some, or ask for another shard"))
-        identity = {k: v for k, v in config.params.items() if k not in _NOT_IN_SCORES}
-        identity = {"target": config.target, "params": identity, "version": metric.version, "weights": digest}
-        place = folder / "scores" / f"{metric.name}-{config_hash(identity)[:8]}"
+        place = folder / "scores" / f"{metric.spec.name}-{config_hash(_attempt(metric.identity))[:8]}"
         scores = _scores(metric, items, place, ui, errors, shard)
-        return _complete(metric.summarise(scores, baseline) if scores else [], scores, errors, digest)
+        values = _attempt(lambda: metric.summarise(scores, baseline, bootstrap)) if scores else []
+        return _of_all(_complete(metric, values, scores, errors, digest), len(items), asked, shard)
     except _MetricError as error:
         return Measured(status=error.status, reason=str(error))
+
+
+def _values_of_set(
+    metric: SetMetric,
+    items: Sequence[Item],
+    folder: Path,
+    ui: Console,
+    errors: dict[str, str],
+    reference: Callable[[SetMetric], Any] | None,
+    shard: tuple[int, int],
+    bootstrap: Bootstrap,
+) -> list[Value]:
+    _enough(metric, len(items), "images")
+    statistics = statistics_of(metric, items, folder / "features", ui, errors, shard)
+    _enough(metric, statistics.n, "images")
+    target = None if metric.reference is None or reference is None else _attempt(lambda: reference(metric))
+    if target is not None:
+        _enough(metric, target.n, "reference images")
+    return _attempt(lambda: metric.compute(statistics, target, bootstrap))
 
 
 def _attempt(action: Callable[[], T]) -> T:
@@ -156,16 +179,33 @@ def _enough(metric: SetMetric, number: int, what: str) -> None:
     """Skip a metric with too few images; 0 in a reference is a file that does not tell."""
     if number < metric.min_images and (number or what == "images"):
         text = f"{number} {what}, at least {metric.min_images} are needed"
-        hint = f"make more, or set metric.{metric.name}.min_images={max(number, 2)}"
+        hint = f"make more, or set metric.{metric.spec.name}.min_images={max(number, 2)}"
         raise _MetricError("skipped", SetupError(text, hint))
 
 
-def _complete(values: list[Value], scores: list[Score], errors: dict[str, str], digest: str) -> Measured:
+def _complete(
+    metric: Metric, values: list[Value], scores: list[Score], errors: dict[str, str], digest: str
+) -> Measured:
+    """Values with what they lack; none of them may be without images, or no number where the metric forbids it."""
+    for value in values:
+        if not _is_number(metric, value.value) or value.n < 1:
+            name = f"{metric.spec.name} {value.variant}".strip()
+            raise _MetricError("failed", ArtifactError(f"{name} is {value.value} over {value.n} images"))
     if not errors:
-        return Measured(values, scores, weights_sha256=digest)
+        return Measured(values, scores, "ok" if values else "failed", "" if values else "no image was measured", digest)
     first = next(iter(errors.values()))
     reason = f"{len(errors)} images could not be measured, the first: {first}"
     return Measured(values, scores, "partial" if values else "failed", reason, digest)
+
+
+def _of_all(measured: Measured, there: int, asked: int | None, shard: tuple[int, int]) -> Measured:
+    """A value over fewer images than were asked for is partial, and says so."""
+    if asked is None or there >= asked or measured.status not in ("ok", "partial"):
+        return measured
+    reason = f"{there} of {asked} images are there"
+    whole = f"{reason}; {measured.reason}" if measured.reason else reason
+    elsewhere = shard[1] > 1 and measured.status == "ok"
+    return replace(measured, status="partial", reason=whole, elsewhere=elsewhere)
 
 
 def _scores(
@@ -176,22 +216,38 @@ def _scores(
     errors: dict[str, str],
     shard: tuple[int, int],
 ) -> list[Score]:
-    with RunFolder(place, shard, SCORE_ROWS) as folder:
-        for samples in _new_batches(folder, metric.name, getattr(metric, "batch_size", 1), items, ui, errors):
+    with RunFolder(place, shard, SCORE_FIELDS) as folder:
+        todo = [item for item in items if _score(folder, item) is None]
+        for samples in _batches(metric.spec.name, metric.batch_size, todo, ui, errors):
             folder.append_batch(list(_score_rows(metric, samples, errors)), {})
-        rows = [folder.row(item.image_id) for item in items if item.image_id not in errors]
-        return [_score(row) for row in rows if row is not None]
+        found = (_score(folder, item) for item in items if item.image_id not in errors)
+        return [score for score in found if score is not None]
 
 
 def _score_rows(
     metric: ImageMetric, samples: list[tuple[Item, Sample]], errors: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
     for (item, _), score in _score_apart(metric, samples, errors):
-        yield {
-            "image_id": item.image_id, "key": item.key, "prompt_id": score.prompt_id, "sample": score.index,
-            "value": score.value, "stratum": score.stratum, "parts_json": json.dumps(dict(score.parts)),
-            "note": score.note, "status": "ok",
-        }  # fmt: skip
+        row = {
+            "image_id": item.image_id,
+            "key": item.key,
+            "prompt_id": score.prompt_id,
+            "sample": score.index,
+            "value": _text_if_infinite(score.value),
+            "stratum": score.stratum,
+            "parts": {name: _text_if_infinite(value) for name, value in score.parts.items()},
+            "note": score.note,
+        }
+        yield {**row, "sha256_row": _signature(row), "status": "ok"}
+
+
+def _text_if_infinite(value: float) -> float | str:
+    return float(value) if math.isfinite(value) else repr(float(value))
+
+
+def _signature(row: Mapping[str, Any]) -> str:
+    signed = json.dumps([row[field] for field in _SIGNED], sort_keys=True)
+    return hashlib.sha256(signed.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _score_apart(
@@ -199,7 +255,11 @@ def _score_apart(
 ) -> list[tuple[tuple[Item, Sample], Score]]:
     """Scores of a batch; where an image spoils it, of each of the others."""
     try:
-        return list(zip(samples, score_batch(metric, [sample for _, sample in samples]), strict=True))
+        scores = metric.score_batch([sample for _, sample in samples])
+        for score in scores:
+            if not _is_number(metric, score.value):
+                raise ArtifactError(f"{metric.spec.name}: the number of prompt {score.prompt_id} is {score.value}")
+        return list(zip(samples, scores, strict=True))
     except SetupError as error:
         raise _MetricError("skipped", error) from error
     except ArtifactError as error:
@@ -213,16 +273,24 @@ def _score_apart(
     return found
 
 
-def _score(row: dict[str, str]) -> Score:
-    parts = json.loads(row["parts_json"])
-    return Score(row["prompt_id"], int(row["sample"]), float(row["value"]), row["stratum"], parts, row["note"])
+def _is_number(metric: Metric, value: float) -> bool:
+    """Whether a value is a number: not NaN, and infinite only where the metric says so."""
+    return math.isfinite(value) or (metric.INFINITE and not math.isnan(value))
 
 
-def _new_batches(
-    folder: RunFolder, label: str, size: int, items: Sequence[Item], ui: Console, errors: dict[str, str]
+def _score(folder: RunFolder, item: Item) -> Score | None:
+    """The score of an image as it was written; None where there is none, or where it was changed since."""
+    row = folder.row(item.image_id)
+    if row is None or row["key"] != item.key or row["sha256_row"] != _signature(row):
+        return None
+    parts = {name: float(value) for name, value in row["parts"].items()}
+    return Score(row["prompt_id"], row["sample"], float(row["value"]), row["stratum"], parts, row["note"])
+
+
+def _batches(
+    label: str, size: int, todo: Sequence[Item], ui: Console, errors: dict[str, str]
 ) -> Iterator[list[tuple[Item, Sample]]]:
-    """Load what is not in the folder yet, batch by batch."""
-    todo = [i for i in items if (row := folder.row(i.image_id)) is None or row["key"] != i.key]
+    """Load images batch by batch; those that cannot be read are errors."""
     with ui.progress(label, len(todo), "img") as progress:
         for start in range(0, len(todo), size):
             batch, loaded = todo[start : start + size], []
@@ -244,10 +312,10 @@ def statistics_of(
     errors: dict[str, str],
     shard: tuple[int, int] = (0, 1),
 ) -> Any:
-    """Statistics of the images, their features made or found.
+    """Return the statistics of the images, their features made or found.
 
     Args:
-        metric: whose.
+        metric: whose statistics.
         items: the images.
         place: folder of features, one below it per extractor.
         ui: for progress.
@@ -255,13 +323,14 @@ def statistics_of(
         shard: of this process.
     """
     extractor = metric.extractor
-    place = place / f"{extractor.name}-{_attempt(lambda: extractor.weights_sha256)[:8]}"
-    size = int(getattr(metric, "batch_size", 32))
+    place = place / f"{extractor.name}-{_attempt(extractor.digest)[:8]}"
     statistics = metric.statistics()
-    with RunFolder(place, shard, FEATURE_ROWS) as folder:
-        for samples in _new_batches(folder, extractor.name, size, items, ui, errors):
+    with RunFolder(place, shard, FEATURE_FIELDS) as folder:
+        blocks = _Blocks(folder)
+        todo = [item for item in items if blocks.place(item) is None]
+        for samples in _batches(extractor.name, metric.batch_size, todo, ui, errors):
             _append_features(folder, extractor, samples)
-        for index, features in _blocks(folder, items):
+        for index, features in _features(_Blocks(folder), items):
             statistics.add(index, features)
     return statistics
 
@@ -269,6 +338,8 @@ def statistics_of(
 def _append_features(folder: RunFolder, extractor: Extractor, samples: list[tuple[Item, Sample]]) -> None:
     pixels = [sample.image for _, sample in samples if sample.image is not None]
     features = _attempt(lambda: extractor(pixels))
+    if not np.isfinite(features).all():
+        raise _MetricError("failed", ArtifactError(f"{extractor.name} gives features that are not finite"))
     block = f"{config_hash({item.image_id: item.key for item, _ in samples})[:16]}.npy"
     buffer = io.BytesIO()
     np.save(buffer, features)
@@ -279,19 +350,48 @@ def _append_features(folder: RunFolder, extractor: Extractor, samples: list[tupl
     folder.append_batch(rows, {block: buffer.getvalue()})
 
 
-def _blocks(folder: RunFolder, items: Sequence[Item]) -> Iterator[tuple[list[int], Features]]:
-    """Features in the order of the items, with their places in the list; one file open at a time."""
+class _Blocks:
+    """Features in a folder, one file of them in memory at a time. A file that cannot be read counts as not there."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder, self._name, self._block = folder, "", np.empty((0, 0), np.float32)
+
+    def place(self, item: Item) -> int | None:
+        """Open the block of an image, and return its row there; None where there is none."""
+        row = self._folder.row(item.image_id)
+        if row is None or row["key"] != item.key or row["place"] < 0:
+            return None
+        if row["block"] != self._name:
+            self._name, self._block = row["block"], self._read(row["block"])
+        place: int = row["place"]
+        return place if place < len(self._block) else None
+
+    def row(self, place: int) -> Features:
+        """Return the features at a row of the open block."""
+        return self._block[place]
+
+    def _read(self, name: str) -> Features:
+        if _BLOCK_NAME.fullmatch(name):
+            try:
+                found = np.load(self._folder.path / name, allow_pickle=False)
+            except (OSError, ValueError, EOFError, MemoryError):
+                found = None
+            whole = isinstance(found, np.ndarray) and found.ndim == 2 and found.dtype == np.float32
+            if whole and np.isfinite(found).all():
+                return found
+        return np.empty((0, 0), np.float32)
+
+
+def _features(blocks: _Blocks, items: Sequence[Item]) -> Iterator[tuple[list[int], Features]]:
+    """Features in the order of the items, with their places in the list."""
     index: list[int] = []
     parts: list[Features] = []
-    name, block = "", np.empty((0, 0), np.float32)
     for i, item in enumerate(items):
-        row = folder.row(item.image_id)
-        if row is None or row["key"] != item.key:
+        place = blocks.place(item)
+        if place is None:
             continue
-        if row["block"] != name:
-            name, block = row["block"], np.load(folder.path / row["block"], allow_pickle=False)
         index.append(i)
-        parts.append(block[int(row["place"])])
+        parts.append(blocks.row(place))
         if len(index) == _ROWS:
             yield index, np.stack(parts)
             index, parts = [], []
@@ -299,32 +399,30 @@ def _blocks(folder: RunFolder, items: Sequence[Item]) -> Iterator[tuple[list[int
         yield index, np.stack(parts)
 
 
-def read_gaussian(path: Path) -> Gaussian:
-    """Mean and covariance of a reference, from an npz file with ``mu`` and ``sigma`` (also ADM's and clean-fid's).
-
-    Raises:
-        ArtifactError: it cannot be read, or holds something else.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            n = int(stored["n"]) if "n" in stored else 0
-            return Gaussian(stored["mu"].astype(np.float64), stored["sigma"].astype(np.float64), n)
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{path} holds no 'mu' and 'sigma': {error}", "name another reference") from error
-
-
 def metric_rows(metric: Metric, measured: Measured) -> Iterator[dict[str, Any]]:
     """Result columns of a metric: a row per value, or one that says why there is none."""
+    spec = metric.spec
     common = {
-        "metric": metric.name, "metric_version": metric.version, "metric_weights_sha256": measured.weights_sha256,
-        "metric_settings": getattr(metric, "settings", ""), "unit": metric.unit,
-        "higher_is_better": metric.higher_is_better, "status": measured.status, "reason": measured.reason,
-    }  # fmt: skip
+        "metric": spec.name,
+        "metric_version": spec.version,
+        "metric_weights_sha256": measured.weights_sha256,
+        "metric_settings": metric.settings(),
+        "unit": spec.unit,
+        "higher_is_better": spec.higher_is_better,
+        "status": measured.status,
+        "reason": measured.reason,
+    }
     for value in measured.values:
         yield {
-            **common, "variant": value.variant, "value": value.value, "stderr": value.stderr, "low": value.low,
-            "high": value.high, "n": value.n, **value.extra,
-        }  # fmt: skip
+            **common,
+            "variant": value.variant,
+            "value": value.value,
+            "stderr": value.stderr,
+            "low": value.low,
+            "high": value.high,
+            "n": value.n,
+            **value.extra,
+        }
     if not measured.values:
         yield {**common, "variant": "", "n": 0}
 
@@ -335,7 +433,7 @@ def incomplete(measured: Sequence[tuple[str, dict[str, Measured]]], ui: Console)
         {"run_id": run_id, "metric": name, "status": item.status, "reason": item.reason}
         for run_id, metrics in measured
         for name, item in metrics.items()
-        if item.status != "ok"
+        if item.status != "ok" and not item.elsewhere
     ]
     for status, name, reason in dict.fromkeys((f["status"], f["metric"], f["reason"]) for f in found):
         ui.warn(f"{name} {status}: {reason}")

@@ -22,10 +22,11 @@ from heatkv_cli.config import Plan, config_hash
 from heatkv_cli.console import Console
 from heatkv_cli.errors import ArtifactError, ConfigError, ConfigErrors, SetupError
 from heatkv_cli.metrics.base import Metric, Sample, SetMetric
-from heatkv_cli.pipeline import setup
-from heatkv_cli.pipeline.image_folder import read_image, reference_of, scan, stamp
+from heatkv_cli.metrics.pictures import printable, read_image
+from heatkv_cli.pipeline.image_folder import reference_of, scan, stamp
 from heatkv_cli.pipeline.measure import Item, Measured, incomplete, measure, metric_rows
-from heatkv_cli.results import RESULT_KEY, environment, upsert_results, utc_now, write_meta
+from heatkv_cli.planning.job import metrics_of
+from heatkv_cli.results import check_path, environment, read_results, upsert_results, utc_now, write_meta
 
 _NUMBERED = re.compile(r"(.+?)(?:-|/samples/|/)(\d+)")
 
@@ -55,21 +56,19 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
         ArtifactError: a name is double, an image has no prompt, or no image has a reference of its name.
     """
     cfg = plan.first
-    metrics = setup.metrics_of(cfg)
-    _check_needs(plan, metrics, sources)
-    if sources.reference is not None and not sources.reference.exists():
-        raise SetupError(f"there is no reference {sources.reference}", "check the path of --reference")
-    prompts = None if sources.prompts is None else load_prompts(sources.prompts)
+    metrics = metrics_of(cfg)
+    path = cfg.out / "score" / "results.csv"  # apart from those of runs, which all have a model and a method
+    prompts = _check(plan, metrics, sources, path)
     identity = {
         "images": str(sources.images.absolute()),
         "reference": str(sources.reference.absolute()) if sources.reference else None,
         "prompts": prompts.sha256 if prompts else None,
     }
     digest = config_hash(identity)
-    run_id = f"score-{sources.images.absolute().name}-{digest[:8]}"
+    run_id = f"score-{printable(sources.images.absolute().name)[:100]}-{digest[:8]}"
     folder = cfg.out / "score" / run_id
     files = scan(sources.images)
-    paired = [metric for metric in metrics.values() if metric.kind == "paired"]
+    paired = [metric for metric in metrics.values() if metric.spec.kind == "paired"]
     others = _others(files, sources) if paired else {}
     items = items_of(files, {}, prompts)
     pairs = items_of(files, others, prompts) if others else items
@@ -77,18 +76,16 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
     unpaired = [image_id for image_id in others if image_id not in files]
     write_meta(folder, config_hash=digest, config=identity, run_id=run_id)
     ui.log_to(folder)
-    configs = {config.name: config for config in cfg.metrics}
     measured = {}
     for name, metric in metrics.items():
         reference = _reference(metric, sources, cfg.out, ui)
         own = pairs if metric in paired else items
-        found = measure(metric, configs[name], own, folder, ui, reference=reference)
-        measured[name] = _lacking(found, unseen, "prompts")
-        if metric in paired:
-            measured[name] = _lacking(measured[name], unpaired, "reference images")
-    path = cfg.out / "score" / "results.csv"  # apart from those of runs, which all have a model and a method
+        found = measure(metric, own, folder, ui, reference=reference, bootstrap=cfg.bootstrap)
+        found = _lacking(found, unseen, "prompts")
+        measured[name] = _lacking(found, unpaired, "reference images") if metric in paired else found
+        common = _common(plan, run_id, prompts, sources, metric) | {"asked": len(items)}
+        upsert_results(path, [{**common, **row} for row in metric_rows(metric, measured[name])])
     rows = [row for name in measured for row in metric_rows(metrics[name], measured[name])]
-    upsert_results(path, [{**_common(plan, run_id, prompts, sources, metrics[row["metric"]]), **row} for row in rows])
     columns = ("metric", "variant", "value", "low", "high", "n", "unit", "status")
     cells = [[row.get(key) for key in columns] for row in rows]
     ui.table(columns, cells, f"{len(items)} images of {sources.images}")
@@ -106,25 +103,41 @@ def run(plan: Plan, ui: Console, sources: Sources) -> dict[str, Any]:
     }
 
 
+def _check(plan: Plan, metrics: Mapping[str, Metric], sources: Sources, results: Path) -> PromptSet | None:
+    """Check everything that would end the command later; returns the prompts."""
+    for path in (sources.images, sources.reference, sources.prompts):
+        if path is not None:
+            check_path(path)
+    _check_needs(plan, metrics, sources)
+    if sources.reference is not None and not sources.reference.exists():
+        raise SetupError(f"there is no reference {sources.reference}", "check the path of --reference")
+    read_results(results)
+    prompts = None if sources.prompts is None else load_prompts(sources.prompts)
+    for metric in metrics.values():
+        for item in prompts.items if prompts and metric.spec.kind == "prompt" else ():
+            metric.check_prompt(item.id, item.meta)
+    return prompts
+
+
 def _check_needs(plan: Plan, metrics: Mapping[str, Metric], sources: Sources) -> None:
     if not any(override.startswith("metric=") for override in plan.overrides):
         raise ConfigError("no metric is named", "add metric=NAME,...; heatkv ls metrics shows which there are")
     errors = []
     for name, metric in metrics.items():
-        if metric.needs != "free":
+        if metric.spec.needs != "free":
             errors.append(
-                ConfigError(f"metric {name} needs the model's own {metric.needs} pass", "use heatkv eval for it")
+                ConfigError(f"metric {name} needs the model's own {metric.spec.needs} pass", "use heatkv eval for it")
             )
         elif sources.reference is None and _compares(metric):
             errors.append(ConfigError(f"metric {name} compares with other images", "add --reference DIR"))
-        elif sources.prompts is None and metric.kind == "prompt":
+        elif sources.prompts is None and metric.spec.kind == "prompt":
             errors.append(ConfigError(f"metric {name} compares with prompts", "add --prompts FILE"))
     if errors:
         raise ConfigErrors(errors)
 
 
 def _compares(metric: Metric) -> bool:
-    return metric.kind == "paired" or (isinstance(metric, SetMetric) and metric.reference == "full")
+    return metric.spec.kind == "paired" or (isinstance(metric, SetMetric) and metric.reference == "full")
 
 
 def _reference(metric: Metric, sources: Sources, out: Path, ui: Console) -> Any:
@@ -213,16 +226,24 @@ def _lacking(measured: Measured, missing: list[str], what: str) -> Measured:
 
 def _common(plan: Plan, run_id: str, prompts: PromptSet | None, sources: Sources, metric: Metric) -> dict[str, Any]:
     """The columns that all rows of a metric share; those about a model stay empty."""
-    facts = environment()
-    reference = getattr(metric, "reference", None)
+    facts, bootstrap = environment(), plan.first.bootstrap
+    reference = metric.reference if isinstance(metric, SetMetric) else None
     if _compares(metric):
-        reference = str(sources.reference)
+        reference = str(sources.reference.absolute()) if sources.reference else None
     return {
-        RESULT_KEY[0]: run_id, "created_utc": utc_now(), "git_sha": facts["git_sha"], "git_dirty": facts["git_dirty"],
-        "heatkv_version": facts["heatkv_version"], "benchmark": prompts.name if prompts else None,
-        "benchmark_version": prompts.sha256[:16] if prompts else None, "device": plan.first.runtime.device,
-        "torch_version": torch.__version__, "reference": reference, "command": command_line(plan, sources),
-    }  # fmt: skip
+        "run_id": run_id,
+        "created_utc": utc_now(),
+        "git_sha": facts["git_sha"],
+        "git_dirty": facts["git_dirty"],
+        "heatkv_version": facts["heatkv_version"],
+        "benchmark": prompts.name if prompts else None,
+        "benchmark_version": prompts.sha256[:16] if prompts else None,
+        "device": plan.first.runtime.device,
+        "torch_version": torch.__version__,
+        "bootstrap": f"{bootstrap.resamples} {bootstrap.confidence:g} {bootstrap.seed}",
+        "reference": reference,
+        "command": command_line(plan, sources),
+    }
 
 
 def command_line(plan: Plan, sources: Sources) -> str:

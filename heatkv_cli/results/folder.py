@@ -1,7 +1,7 @@
 """The folder of one pass: a manifest that grows by whole batches, and resuming from whatever a kill left behind.
 
 * a file appears under its name complete or not at all (written beside it, then renamed);
-* `manifest.csv` grows by whole batches, one write each; a line torn by a kill is cut off when the folder is opened;
+* `manifest.jsonl` grows by whole batches, one write each; a line torn by a kill is cut off when the folder is opened;
 * an image counts as done when its row is there and its files have the row's sha256; a batch, when all its images do;
 * a batch that is done again replaces its rows, so no row is lost and none is double.
 """
@@ -13,18 +13,26 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from heatkv_cli import __version__
 from heatkv_cli.errors import ArtifactError, SetupError
-from heatkv_cli.results.files import ensure_writable, locked, remove_leftovers, sha256_file, write_file
-from heatkv_cli.results.tables import (
-    FILE_COLUMNS,
-    MANIFEST_COLUMNS,
+from heatkv_cli.results.files import (
+    cannot_write,
+    ensure_writable,
+    locked,
+    read_regular,
+    remove_leftovers,
+    sha256_file,
+    write_file,
+)
+from heatkv_cli.results.lines import (
+    FILE_FIELDS,
+    MANIFEST_FIELDS,
+    Fields,
     Row,
-    cell,
-    complete_prefix,
-    encode_rows,
-    parse_csv,
+    encode_lines,
+    parse_lines,
+    whole_lines,
 )
 
 
@@ -37,36 +45,38 @@ class RunFolder:
         path: the folder; made when missing.
         shard: (i, n) of this process; every shard of n > 1 has a manifest of its own, which the next unsharded
             process merges.
-        columns: of the manifest.
+        fields: of the manifest's lines.
 
     Raises:
         SetupError: (on entering) the folder cannot be written, or another process does.
-        ArtifactError: (on entering) a manifest is damaged, or has other columns.
+        ArtifactError: (on entering) a manifest is damaged, or another heatkv wrote it.
     """
 
-    def __init__(self, path: Path, shard: tuple[int, int] = (0, 1), columns: Sequence[str] = MANIFEST_COLUMNS) -> None:
+    def __init__(self, path: Path, shard: tuple[int, int] = (0, 1), fields: Fields = MANIFEST_FIELDS) -> None:
         self.path = path
-        self.columns = tuple(columns)
+        self.fields = fields
         self._tag = "" if shard[1] == 1 else f"-{shard[0]}of{shard[1]}"
-        self.manifest = path / f"manifest{self._tag}.csv"
-        self._mine: dict[str, dict[str, str]] = {}
-        self._others: dict[str, dict[str, str]] = {}
+        self.manifest = path / f"manifest{self._tag}.jsonl"
+        self._mine: dict[str, dict[str, Any]] = {}
+        self._others: dict[str, dict[str, Any]] = {}
         self._checked: dict[tuple[int, str], bool] = {}
         self._stack = contextlib.ExitStack()
 
     @classmethod
-    def reading(cls, path: Path, columns: Sequence[str] = MANIFEST_COLUMNS) -> RunFolder:
+    def reading(cls, path: Path, fields: Fields = MANIFEST_FIELDS) -> RunFolder:
         """Return the folder for reading only: no lock, nothing repaired; for whoever wants another run's images.
 
         Raises:
-            ArtifactError: a manifest is damaged, or has other columns.
+            ArtifactError: a manifest is damaged, or another heatkv wrote it.
         """
-        folder = cls(path, columns=columns)
-        for manifest in sorted(path.glob("manifest*.csv")):
+        folder = cls(path, fields=fields)
+        folder._refuse_old()
+        for manifest in sorted(path.glob("manifest*.jsonl")):
             folder._take(folder._others, manifest)
         return folder
 
     def __enter__(self) -> RunFolder:
+        self._refuse_old()
         ensure_writable(self.path)
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.path / f".lock{self._tag}"))
@@ -77,37 +87,49 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def _refuse_old(self) -> None:
+        """Leave alone what heatkv 0.1 wrote, whose manifests were CSV files."""
+        old = sorted(self.path.glob("manifest*.csv"))
+        if old:
+            raise ArtifactError(
+                f"{old[0]} was written by an older heatkv, which this one does not read",
+                "choose another --out, or remove its folder",
+            )
+
     def _recover(self) -> None:
-        remove_leftovers(self.path)
-        data = self.manifest.read_bytes() if self.manifest.exists() else b""
-        end = complete_prefix(data)
-        if end == 0:
+        for folder in [self.path, *(path for path in self.path.iterdir() if path.is_dir())]:
+            remove_leftovers(folder)
+        data = self._read(self.manifest) if self.manifest.exists() else b""
+        end = whole_lines(data)
+        if not self.manifest.exists():
             self._rewrite()
         elif end < len(data):
             os.truncate(self.manifest, end)
-        self._mine = self._load(self.manifest, data[:end]) if end else {}
+        self._mine = self._load(self.manifest, data[:end])
         for other in self._other_manifests():
             self._take(self._others, other)
         if not self._tag:
             self._merge()
 
     def _other_manifests(self) -> list[Path]:
-        return [path for path in sorted(self.path.glob("manifest*.csv")) if path != self.manifest]
+        return [path for path in sorted(self.path.glob("manifest*.jsonl")) if path != self.manifest]
 
-    def _take(self, rows: dict[str, dict[str, str]], manifest: Path) -> None:
+    def _take(self, rows: dict[str, dict[str, Any]], manifest: Path) -> None:
         """Add the whole rows of a manifest to `rows`, unless the image is done there already."""
-        data = manifest.read_bytes()
-        found = self._load(manifest, data[: complete_prefix(data)])
+        data = self._read(manifest)
+        found = self._load(manifest, data[: whole_lines(data)])
         rows |= {key: row for key, row in found.items() if not self._valid(rows.get(key))}
 
-    def _load(self, path: Path, data: bytes) -> dict[str, dict[str, str]]:
-        header, rows = parse_csv(path, data)
-        if header and tuple(header) != self.columns:
+    def _read(self, manifest: Path) -> bytes:
+        try:
+            return read_regular(manifest)
+        except OSError as error:
             raise ArtifactError(
-                f"{path} has other columns than heatkv {__version__} writes",
-                "choose another --out, or remove its folder",
-            )
-        return {row["image_id"]: row for row in rows}
+                f"cannot read {manifest}: {error.strerror or error}", "choose another --out, or remove its folder"
+            ) from error
+
+    def _load(self, path: Path, data: bytes) -> dict[str, dict[str, Any]]:
+        return {row["image_id"]: row for row in parse_lines(path, data, self.fields)}
 
     def _merge(self) -> None:
         """Take over the manifests of shards that nobody writes any more."""
@@ -122,20 +144,20 @@ class RunFolder:
                 other.unlink()
 
     def _rewrite(self) -> None:
-        header = dict(zip(self.columns, self.columns, strict=True))
-        write_file(self.manifest, encode_rows([header, *self._mine.values()], self.columns))
+        write_file(self.manifest, encode_lines(self._mine.values(), self.fields))
 
-    def _valid(self, row: Mapping[str, str] | None) -> bool:
+    def _valid(self, row: Mapping[str, Any] | None) -> bool:
         """Whether a row is of an image that was made, and its files are there with the right content."""
-        if row is None or row.get("status", "") not in ("", "ok"):
+        if row is None or row.get("status") not in (None, "", "ok"):
             return False
-        for name, digest in FILE_COLUMNS:
-            path = self.path / row.get(name, "")
-            if row.get(name) and not (path.is_file() and sha256_file(path) == row[digest]):
-                return False
+        for name, digest in FILE_FIELDS:
+            if file := row.get(name):
+                path = self.path / file
+                if not (path.is_file() and sha256_file(path) == row[digest]):
+                    return False
         return True
 
-    def row(self, image_id: str) -> dict[str, str] | None:
+    def row(self, image_id: str) -> dict[str, Any] | None:
         """Return the row of an image that is done, else None."""
         for source, rows in enumerate((self._mine, self._others)):
             if image_id not in rows:
@@ -146,10 +168,14 @@ class RunFolder:
                 return rows[image_id]
         return None
 
-    def rows(self) -> list[dict[str, str]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Return the rows of all images that are done, of every shard, each once."""
         found = (self.row(image_id) for image_id in {**self._mine, **self._others})
         return [row for row in found if row is not None]
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return the rows of all images that the manifests name, whatever became of their files."""
+        return list({**self._others, **self._mine}.values())
 
     def done(self, image_ids: Iterable[str]) -> bool:
         """Whether every image of a batch is done; a batch is the unit of resuming."""
@@ -159,7 +185,7 @@ class RunFolder:
         """Write the files of a batch, then all its rows at once; older rows of the same images go.
 
         Args:
-            rows: one per image, with `image_id`; the sha256 columns are filled in here from `files`.
+            rows: one per image, with `image_id`; the sha256 fields are filled in here from `files`.
             files: content by name, relative to the folder.
 
         Raises:
@@ -168,16 +194,17 @@ class RunFolder:
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         for name, data in files.items():
             write_file(self.path / name, data)
-        filled: dict[str, dict[str, str]] = {}
+        filled: dict[str, dict[str, Any]] = {}
         for row in rows:
-            given = {key: cell(value) for key, value in row.items()}
-            given |= {digest: digests[given[name]] for name, digest in FILE_COLUMNS if given.get(name) in digests}
+            given = dict(row)
+            given |= {digest: digests[given[name]] for name, digest in FILE_FIELDS if given.get(name) in digests}
             filled[given["image_id"]] = given
         if not self._mine.keys().isdisjoint(filled):
             self._mine = {key: row for key, row in self._mine.items() if key not in filled}
             self._rewrite()
-        self._append(encode_rows(filled.values(), self.columns))
-        self._mine |= {key: {column: row.get(column, "") for column in self.columns} for key, row in filled.items()}
+        data = encode_lines(filled.values(), self.fields)
+        self._append(data)
+        self._mine |= self._load(self.manifest, data)
         self._checked |= {(0, key): self._valid(self._mine[key]) for key in filled}
 
     def _append(self, data: bytes) -> None:
@@ -189,4 +216,4 @@ class RunFolder:
                 os.fsync(handle.fileno())
         except OSError as error:
             os.truncate(self.manifest, size)
-            raise SetupError(f"cannot write {self.manifest}: {error.strerror or error}", "free the disk") from error
+            raise cannot_write(self.manifest, error) from error

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from typing import Any
 
 from heatkv_cli import __version__
 from heatkv_cli.errors import ArtifactError
-from heatkv_cli.results.files import ensure_writable, write_file
+from heatkv_cli.results.files import ensure_writable, load_json, locked, read_regular, write_file
 
 META_VERSION = 1
 
@@ -44,20 +45,22 @@ def environment() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any]:
+    """Return the commit, and whether code or configuration differ from it, untracked files included."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {"git_sha": None, "git_dirty": None}
     try:
         command = ["git", "-C", str(root)]
-        sha = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        sha = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, timeout=10)
         changed = subprocess.run(
-            [*command, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10
+            [*command, "status", "--porcelain", "--", "heatkv_cli", "conf"], capture_output=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return {"git_sha": None, "git_dirty": None}
-    if sha.returncode != 0:
+    commit = sha.stdout.decode("ascii", "replace").strip()
+    if sha.returncode != 0 or not re.fullmatch("[0-9a-f]{40,64}", commit):
         return {"git_sha": None, "git_dirty": None}
-    return {"git_sha": sha.stdout.strip(), "git_dirty": bool(changed.stdout.strip())}
+    return {"git_sha": commit, "git_dirty": bool(changed.stdout.strip()) or changed.returncode != 0}
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
@@ -66,17 +69,17 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     Raises:
         ArtifactError: the file is damaged.
     """
-    path = folder / "meta.json"
+    path, fix = folder / "meta.json", f"remove {folder} and run the same command again"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(read_regular(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"cannot read {path}: {error}", f"remove {folder} and run the same command again"
-        ) from error
+        raise ArtifactError(f"cannot read {path}: {error}", fix) from error
     if not isinstance(content, dict):
-        raise ArtifactError(f"{path} is not a JSON object", f"remove {folder} and run the same command again")
+        raise ArtifactError(f"{path} is not a JSON object", fix)
+    if not isinstance(content.get("starts", []), list) or not isinstance(content.get("config_hash", ""), str):
+        raise ArtifactError(f"{path} was changed: 'starts' is no list, or 'config_hash' no text", fix)
     return content
 
 
@@ -96,29 +99,31 @@ def write_meta(folder: Path, *, config_hash: str, config: Mapping[str, Any], **f
         SetupError: it cannot be written.
     """
     ensure_writable(folder)
-    old = read_meta(folder) or {}
-    if old and old.get("config_hash") != config_hash:
-        raise ArtifactError(
-            f"{folder} holds the results of another configuration", "choose another --out, or remove the folder"
-        )
-    content = {
-        "meta_version": META_VERSION,
-        "status": "running",
-        "created_utc": old.get("created_utc", utc_now()),
-        "config_hash": config_hash,
-        **fields,
-        "starts": [*old.get("starts", []), {"utc": utc_now(), "argv": sys.argv[1:], "pid": os.getpid()}],
-        "environment": environment(),
-        "config": config,
-    }
-    _write_json(folder / "meta.json", content)
+    with locked(folder / ".meta.lock", wait=True):  # shards start together
+        old = read_meta(folder) or {}
+        if old and old.get("config_hash") != config_hash:
+            raise ArtifactError(
+                f"{folder} holds the results of another configuration", "choose another --out, or remove the folder"
+            )
+        content = {
+            "meta_version": META_VERSION,
+            "status": "running",
+            "created_utc": old.get("created_utc", utc_now()),
+            "config_hash": config_hash,
+            **fields,
+            "starts": [*old.get("starts", []), {"utc": utc_now(), "argv": sys.argv[1:], "pid": os.getpid()}],
+            "environment": environment(),
+            "config": config,
+        }
+        _write_json(folder / "meta.json", content)
     return content
 
 
 def finish_meta(folder: Path, status: str = "done", **fields: Any) -> None:
     """Complete `meta.json` when the work has ended: status, time, and further fields."""
-    content = read_meta(folder) or {}
-    _write_json(folder / "meta.json", {**content, "status": status, "finished_utc": utc_now(), **fields})
+    with locked(folder / ".meta.lock", wait=True):
+        content = read_meta(folder) or {}
+        _write_json(folder / "meta.json", {**content, "status": status, "finished_utc": utc_now(), **fields})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,9 @@
-"""CSV: the columns, how a value becomes a cell, reading, and the results file with one tidy row per number."""
+"""`results.csv`: one tidy row per number, from many commands, safe against all that happens to files people open.
+
+A row is known by everything that can change its number (`RESULT_KEY`); a command replaces its own rows and no others.
+A file that heatkv did not write is refused and stays as it is. A file that a spreadsheet has saved again is read where
+nothing in it is ambiguous (a byte-order mark, other line ends, trailing empty columns), else refused.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +15,84 @@ from pathlib import Path
 from typing import Any
 
 from heatkv_cli.errors import ArtifactError
-from heatkv_cli.results.files import ensure_writable, locked, write_file
+from heatkv_cli.results.files import ensure_writable, locked, read_regular, write_file
 
 Row = Mapping[str, Any]
 
-MANIFEST_COLUMNS: tuple[str, ...] = (
-    *("image_id", "prompt_id", "sample", "prompt", "seed", "batch", "file", "sha256", "trace", "trace_sha256"),
-    *("height", "width", "seconds", "kv_peak_bytes", "kv_resident_bytes", "cuda_peak_bytes"),
-    *("numbers_json", "status", "error"),
-)
-"""Of `manifest.csv`, one row per image of a pass. `numbers_json`: what the pass recorded for it (KL per bit, ...)."""
-
-FILE_COLUMNS: tuple[tuple[str, str], ...] = (("file", "sha256"), ("trace", "trace_sha256"))
-"""Columns that name a file in the folder, each with the column of its sha256."""
-
 RESULT_COLUMNS: tuple[str, ...] = (
-    *("run_id", "created_utc", "git_sha", "git_dirty", "heatkv_version"),
-    *("model", "weights_sha256", "method", "method_args_json", "budget", "rho", "schedule_sha256"),
-    *("benchmark", "benchmark_version", "resolution", "seed", "seed_mode"),
-    *("dtype", "attention_backend", "batch_size", "device", "torch_version"),
-    *("metric", "metric_version", "metric_weights_sha256", "metric_settings"),
-    *("variant", "value", "stderr", "low", "high", "n", "unit", "higher_is_better"),
-    *("reference", "status", "reason"),
-    *("beta_live", "beta_alloc", "beta_work", "beta_meta", "attended_tokens", "attended_ratio", "seconds_per_image"),
-    *("paper_value", "paper_ref", "command"),
+    "run_id",
+    "created_utc",
+    "git_sha",
+    "git_dirty",
+    "heatkv_version",
+    "code",
+    "code_sha256",
+    "model",
+    "weights_sha256",
+    "method",
+    "method_args_json",
+    "budget",
+    "rho",
+    "schedule_sha256",
+    "benchmark",
+    "benchmark_version",
+    "resolution",
+    "seed",
+    "seed_mode",
+    "dtype",
+    "attention_backend",
+    "batch_size",
+    "device",
+    "torch_version",
+    "metric",
+    "metric_version",
+    "metric_weights_sha256",
+    "metric_settings",
+    "bootstrap",
+    "variant",
+    "value",
+    "stderr",
+    "low",
+    "high",
+    "n",
+    "asked",
+    "total",
+    "unit",
+    "higher_is_better",
+    "reference",
+    "status",
+    "reason",
+    "beta_live",
+    "beta_alloc",
+    "beta_work",
+    "beta_meta",
+    "attended_tokens",
+    "attended_ratio",
+    "seconds_per_image",
+    "command",
 )
-"""Of `results.csv`, one tidy row per number."""
+"""The columns of `results.csv`."""
 
-RESULT_KEY = ("run_id", "metric", "variant")
+RESULT_KEY = (
+    "run_id",
+    "metric",
+    "metric_version",
+    "metric_weights_sha256",
+    "metric_settings",
+    "bootstrap",
+    "variant",
+    "reference",
+    "asked",
+)
+"""What a row is known by: the images (`run_id`, `asked`) and all that makes a number of them."""
+
+EMPTY = ("skipped", "failed", "infeasible")
+"""Statuses of rows that have a reason in place of a value."""
+
+REQUIRED = ("run_id", "metric", "variant")
+"""Columns that every results file has had; without them a file is somebody else's."""
+
+_MOVE = "move it away (or name another folder with --out DIR) and run the same command again"
 
 
 def cell(value: Any) -> str:
@@ -64,7 +119,7 @@ def encode_rows(rows: Iterable[Row], columns: Sequence[str]) -> bytes:
         if unknown := set(row) - set(columns):
             raise ValueError(f"no such column: {', '.join(sorted(unknown))}")
         lines.append(",".join(_quoted(cell(row.get(column))) for column in columns) + "\n")
-    return "".join(lines).encode()
+    return "".join(lines).encode("utf-8", "surrogatepass")
 
 
 def _quoted(text: str) -> str:
@@ -76,14 +131,14 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file as texts; none where there is no file.
 
     Raises:
-        ArtifactError: the file is not UTF-8 CSV with a header and equally long rows.
+        ArtifactError: the file is not UTF-8 CSV with a header of different names and equally long rows.
     """
-    return _read_csv(path)[1]
+    return _read(path)[1]
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError:
         return [], []
     except OSError as error:
@@ -93,50 +148,85 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 def parse_csv(path: Path, data: bytes) -> tuple[list[str], list[dict[str, str]]]:
     """Return header and rows of CSV text; `path` is for messages. Raises as `read_csv`."""
+    limit = csv.field_size_limit(max(len(data), 1))
     try:
-        lines = list(csv.reader(io.StringIO(data.decode(), newline=""), strict=True))
+        text = data.decode("utf-8-sig", "surrogatepass")
+        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ArtifactError(
-            f"{path} is not a CSV file: {error}", "move it away and run the same command again"
-        ) from error
+        raise ArtifactError(f"{path} is not a CSV file: {error}", _MOVE) from error
+    finally:
+        csv.field_size_limit(limit)
     header, body = (lines[0], lines[1:]) if lines else ([], [])
+    body = [line for line in body if any(line)]
+    while len(header) > 1 and not header[-1] and not any(len(line) == len(header) and line[-1] for line in body):
+        body = [line[: len(header) - 1] for line in body]
+        header = header[:-1]
+    if len(set(header)) < len(header):
+        double = next(name for name in header if header.count(name) > 1)
+        raise ArtifactError(f"{path}: the header names column {double!r} twice", _MOVE)
     for number, line in enumerate(body, start=2):
         if len(line) != len(header):
-            raise ArtifactError(
-                f"{path}: row {number} has {len(line)} cells, the header has {len(header)}",
-                "move the file away and run the same command again",
-            )
+            raise ArtifactError(f"{path}: row {number} has {len(line)} cells, the header has {len(header)}", _MOVE)
     return header, [dict(zip(header, line, strict=True)) for line in body]
 
 
-def complete_prefix(data: bytes) -> int:
-    """Return how many first bytes of CSV text are whole records.
+def read_results(path: Path) -> tuple[list[str], dict[tuple[str, ...], dict[str, str]]]:
+    """Return header and rows by key of a results file; nothing where there is no file.
 
-    A record is whole when a line feed ends it outside of quotes, that is after an even number of quotes: a writer
-    doubles those that belong to the text.
+    Raises:
+        ArtifactError: heatkv did not write the file, or somebody has changed it so that rows cannot be told apart.
     """
-    end = quotes = start = 0
-    while (stop := data.find(b"\n", start)) >= 0:
-        quotes += data.count(b'"', start, stop)
-        start = stop + 1
-        if quotes % 2 == 0:
-            end = start
-    return end
+    header, rows = _read(path)
+    if not header:
+        return [], {}
+    missing = [name for name in REQUIRED if name not in header]
+    if missing:
+        spread = next((sign for sign in ";\t" if sign in header[0]), None)
+        if spread:
+            raise ArtifactError(
+                f"{path} has {'semicolons' if spread == ';' else 'tabs'} between its cells",
+                "save it with commas, or " + _MOVE,
+            )
+        near = [name for name in header if name.strip().lower() in missing]
+        renamed = f"; it has {', '.join(map(repr, near))}" if near else ""
+        raise ArtifactError(f"{path} is not a results file of heatkv: no column {', '.join(missing)}{renamed}", _MOVE)
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for number, row in enumerate(rows, start=2):
+        if not row["run_id"] or not row["metric"]:
+            raise ArtifactError(f"{path}: row {number} names no run_id or no metric", _MOVE)
+        key = tuple(row.get(name, "") for name in RESULT_KEY)
+        if key in found:
+            raise ArtifactError(f"{path}: row {number} is there twice ({row['run_id']}, {row['metric']})", _MOVE)
+        found[key] = row
+    return header, found
 
 
-def upsert_results(path: Path, rows: Sequence[Row], key: Sequence[str] = RESULT_KEY) -> None:
+def _is_empty(row: Mapping[str, str]) -> bool:
+    """Whether a row says why there is no number; the number, or another reason, takes its place."""
+    return row.get("value", "") == "" and row.get("status") in EMPTY
+
+
+def upsert_results(path: Path, rows: Sequence[Row]) -> None:
     """Put rows into a results file, replacing those with the same key; other rows and unknown columns stay.
+
+    A row without a value (skipped, failed, infeasible) is replaced by whatever the same run and metric say next.
 
     Raises:
         SetupError: the file cannot be written.
-        ArtifactError: it is there and is not a CSV file.
+        ArtifactError: as `read_results`; the file stays as it is.
     """
+    if not rows:
+        return
     ensure_writable(path.parent)
     with locked(path.with_name(f".{path.name}.lock"), wait=True):
-        header, kept = _read_csv(path)
+        header, found = read_results(path)
+        fresh = {(cell(row.get("run_id")), cell(row.get("metric"))) for row in rows}
+        found = {
+            key: row for key, row in found.items() if not (_is_empty(row) and (row["run_id"], row["metric"]) in fresh)
+        }
         extra = [name for row in rows for name in row if name not in RESULT_COLUMNS]
         columns = list(dict.fromkeys((*(header or RESULT_COLUMNS), *RESULT_COLUMNS, *extra)))
-        merged: dict[tuple[str, ...], Row] = {tuple(row.get(name, "") for name in key): row for row in kept}
-        merged |= {tuple(cell(row.get(name)) for name in key): row for row in rows}
+        merged: dict[tuple[str, ...], Row] = {**found}
+        merged |= {tuple(cell(row.get(name)) for name in RESULT_KEY): row for row in rows}
         titles = dict(zip(columns, columns, strict=True))
         write_file(path, encode_rows([titles, *merged.values()], columns))

@@ -14,9 +14,11 @@ import pytest
 
 from heatkv_cli.cli import run
 from heatkv_cli.config import compose
-from heatkv_cli.pipeline import bench, bench_table, setup
+from heatkv_cli.pipeline import bench, bench_table
 from heatkv_cli.pipeline.bench_table import Pass, numbers
 from heatkv_cli.pipeline.process_memory import Memory
+from heatkv_cli.planning import job
+from heatkv_cli.planning.resolver import Resolver
 
 Capture = pytest.CaptureFixture[str]
 Row = dict[str, str]
@@ -103,10 +105,10 @@ def test_full_is_one_and_spread_is_of_the_repeats(rows: list[Row]) -> None:
 def test_stages_sum_to_the_pass(tmp_path: Path) -> None:
     """In one pass; medians of two need not add up."""
     plan = compose([f"out={tmp_path}", "method=full", "limit=1", *FAST], command="bench")
-    job = bench.prepare(plan.first, quiet())
-    model = bench.Models().get(job)
-    condition = model.encode([job.images[0].item.prompt])
-    values = bench._measure(job, model, condition).values()
+    job_ = Resolver().job(plan.first)
+    model = bench.Models().get(job_)
+    condition = model.encode([job_.images[0].item.prompt])
+    values = bench._measure(job_, model, condition).values()
     seconds = {(scale, stage): value for (scale, stage, measure), value in values.items() if measure == "seconds"}
     scales = [str(s) for s in range(8)]
     for scale in ("all", *scales):
@@ -121,12 +123,6 @@ def test_stages_sum_to_the_pass(tmp_path: Path) -> None:
 
 
 WHOLES = ("pass", "total", "decode")
-
-
-def quiet() -> Any:
-    from heatkv_cli.console import Console
-
-    return Console(quiet=True)
 
 
 def test_flops_of_full_are_the_closed_form(rows: list[Row]) -> None:
@@ -166,7 +162,7 @@ def made(seconds: dict[Any, float]) -> Pass:
 def test_bytes_are_those_of_eval(rows: list[Row], out: Path, capsys: Capture) -> None:
     arguments = ["method=full,heatkv", "budget=0.2,0.1", "metric=psnr", "limit=1", "contact_sheet=0", f"out={out}"]
     report = call(capsys, "eval", *arguments, "runtime.batch_size=1", "runtime.threads=1")
-    for name in ("beta_live", "beta_alloc", "beta_work", "beta_meta", "attended_tokens", "attended_ratio"):
+    for name in ("beta_live", "beta_alloc", "beta_meta", "attended_tokens", "attended_ratio"):
         measured = table(rows, name)
         for item in report["runs"]:
             found = measured[item["method"], item["budget"]]["all", "pass"]
@@ -257,4 +253,4 @@ def test_batches_of_bench_are_one_image_unless_named() -> None:
     assert compose([], command="bench").first.runtime.batch_size == 1
     assert compose(["runtime.batch_size=4"], command="bench").first.runtime.batch_size == 4
     assert compose([], command="eval").first.runtime.batch_size == 8
-    assert setup.seed_of(compose([], command="bench").first, "a", 0, 0) == setup.seed_of(compose([]).first, "a", 0, 0)
+    assert job.seed_of(compose([], command="bench").first, "a", 0, 0) == job.seed_of(compose([]).first, "a", 0, 0)

@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -73,20 +74,21 @@ def test_every_yaml_bears_its_own_name_and_a_launch_line(group: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_built(method: str) -> None:
-    assert dataclasses.is_dataclass(build_leaf(one(f"method={method}").method, object, where="method"))
+    leaf = one(f"method={method}").method
+    assert dataclasses.is_dataclass(leaf.object)
+    assert leaf.object == build_leaf(leaf, object, where="method")
 
 
 @pytest.mark.parametrize("metric", choices("metric"))
 def test_every_metric_is_built(metric: str) -> None:
     leaf = one(f"metric={metric}").metrics[0]
-    built: Any = build_leaf(leaf, object, where="metric")
-    assert built.name == metric
-    assert leaf.needs in (None, built.needs)
+    assert leaf.object.spec.name == metric
+    assert leaf.needs in (None, leaf.object.spec.needs)
 
 
 def test_defaults() -> None:
     run = one()
-    assert (run.model.name, run.method.name, run.budget, run.benchmark.name) == ("tiny", "heatkv", "0.1", "shapes")
+    assert (run.model.name, run.method.name, run.budget.text, run.benchmark.name) == ("tiny", "heatkv", "0.1", "shapes")
     assert (run.limit, run.shard, run.seed, run.seed_mode) == (64, (0, 1), 0, "hash")
     assert run.calibration_prompts.name == run.model.calibration_prompts
     assert tuple(metric.name for metric in run.metrics) == run.benchmark.default_metrics
@@ -139,7 +141,7 @@ def test_environment_speaks_of_paths_and_overrides_win(monkeypatch: pytest.Monke
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", "/weights")
     monkeypatch.setenv("HEATKV_BUDGET", "0.5")
     run = one()
-    assert (run.out, run.weights, run.budget) == (Path("/elsewhere"), Path("/weights"), "0.1")
+    assert (run.out, run.weights, run.budget.text) == (Path("/elsewhere"), Path("/weights"), "0.1")
     assert one("out=here").out == Path("here")
     monkeypatch.delenv("HEATKV_OUT")
     assert one().out == Path("runs")
@@ -161,8 +163,8 @@ def test_calibrate_takes_its_prompts_from_benchmark() -> None:
 # ------------------------------------------------------------------------------------------------ budgets and sweeps
 
 
-def points(plan: Plan) -> list[tuple[str, str | None]]:
-    return [(run.method.name, run.budget) for run in plan.runs]
+def points(plan: Plan) -> list[tuple[str, str]]:
+    return [(run.method.name, run.budget.text) for run in plan.runs]
 
 
 def test_sweep_is_a_product_and_full_comes_once() -> None:
@@ -173,7 +175,7 @@ def test_sweep_is_a_product_and_full_comes_once() -> None:
 
 def test_hydras_own_sweep_grammar() -> None:
     plan = compose(["method=random", "method.order_seed=range(0,3)", "budget=choice(0.2,0.1)"])
-    assert [(run.method.params["order_seed"], run.budget) for run in plan.runs] == [
+    assert [(run.method.params["order_seed"], run.budget.text) for run in plan.runs] == [
         (seed, budget) for seed in range(3) for budget in ("0.2", "0.1")
     ]
 
@@ -185,9 +187,9 @@ def test_hydras_own_sweep_grammar() -> None:
 )
 def test_one_budget_has_one_text(typed: str, canonical: str) -> None:
     run = one("method=heatkv", f"budget={typed}")
-    assert run.budget == canonical
-    assert Budget.parse(canonical).ratio == Budget.parse(typed).ratio
-    assert "/" not in run.budget_label
+    assert run.budget.text == canonical
+    assert run.budget.ratio == Budget.parse(canonical).ratio == Budget.parse(typed).ratio
+    assert "/" not in run.budget.slug
 
 
 def test_budget_text_is_exact() -> None:
@@ -203,15 +205,18 @@ def test_equal_points_of_a_sweep_are_one_run() -> None:
 
 def test_rho_takes_the_place_of_the_budget() -> None:
     run = one("rho=0.7")
-    assert (run.budget, run.rho, run.budget_label) == (None, 0.7, "rho0.7")
-    assert [run.rho for run in compose(["experiment=demo", "method=heatkv", "rho=0.5,0.9"]).runs] == [0.5, 0.9]
+    assert (run.budget.rho, run.budget.slug) == (Fraction(7, 10), "rho0.7")
+    assert (run.plain()["budget"], run.plain()["rho"]) == (None, 0.7)
+    assert [
+        float(run.budget.rho or 0) for run in compose(["experiment=demo", "method=heatkv", "rho=0.5,0.9"]).runs
+    ] == [0.5, 0.9]
 
 
 def test_reference_of_a_run() -> None:
     run = one("budget=0.04", "seed=3", "limit=5")
     reference = run.as_reference()
     assert reference.is_reference and not run.is_reference
-    assert (reference.method.name, reference.budget, reference.seed, reference.limit) == ("full", "1", 3, 5)
+    assert (reference.method.name, reference.budget.text, reference.seed, reference.limit) == ("full", "1", 3, 5)
     assert reference.identity() == one("method=full", "seed=3").identity()
 
 

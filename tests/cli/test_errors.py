@@ -15,8 +15,8 @@ from heatkv_cli.errors import (
     BudgetError,
     ConfigError,
     ConfigErrors,
-    GPUMemoryError,
     HeatKVError,
+    MemoryLimitError,
     PartialResultError,
     SetupError,
     did_you_mean,
@@ -167,7 +167,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
         (BudgetError("what", "do"), 2),
         (SetupError("what", "do"), 3),
         (ArtifactError("what", "do"), 4),
-        (GPUMemoryError("what", "do"), 5),
+        (MemoryLimitError("what", "do"), 5),
         (PartialResultError("what", "do"), 6),
     ],
 )

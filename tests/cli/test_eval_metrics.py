@@ -12,8 +12,8 @@ import pytest
 
 from heatkv_cli.cli import run
 from heatkv_cli.config import choices
-from heatkv_cli.pipeline import evaluate
-from heatkv_cli.pipeline.image_folder import read_image
+from heatkv_cli.metrics.pictures import read_image
+from heatkv_cli.pipeline import samples
 
 Capture = pytest.CaptureFixture[str]
 
@@ -81,7 +81,7 @@ def test_images_are_read_for_metrics_that_look_at_them(
         seen[path] += 1
         return read_image(path)
 
-    monkeypatch.setattr(evaluate, "read_image", read)
+    monkeypatch.setattr(samples, "read_image", read)
     call(
         capsys, "eval", "method=sinks", f"metric={metric}", "--limit", "2", "runtime.batch_size=2", "contact_sheet=0",
         "runtime.threads=1", *(["metric.fd_efficientnet_lite0.min_images=2"] if "lite0" in metric else []), "--out",

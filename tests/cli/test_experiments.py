@@ -113,7 +113,7 @@ def test_a_dry_run_tells_first_what_is_missing(capsys: Capture, tmp_path: Path) 
 
 def test_the_experiment_is_what_the_issue_asks_for() -> None:
     plan = compose(["experiment=methods-tiny"], command="eval", options={}, dry_run=True)
-    assert {run.budget for run in plan.runs} == {"1", "0.5", "0.3", "0.2", "0.1", "0.04"}
+    assert {run.budget.text for run in plan.runs} == {"1", "0.5", "0.3", "0.2", "0.1", "0.04"}
     assert len(plan.runs) == 1 + 11 * 5
     assert all(run.limit is None and {m.name for m in run.metrics} == {"kl", "psnr", "shapes"} for run in plan.runs)
 
@@ -121,7 +121,7 @@ def test_the_experiment_is_what_the_issue_asks_for() -> None:
 def test_the_papers_tables_are_their_protocols() -> None:
     heatkv = compose(["experiment=heatkv-table1"], command="eval", options={}, dry_run=True)
     exact = {f"{cap}/6425" for cap in (1300, 650, 265)}
-    budgets = {run.budget and Fraction(run.budget) for run in heatkv.runs if run.method.name == "heatkv"}
+    budgets = {run.budget.ratio for run in heatkv.runs if run.method.name == "heatkv"}
     assert budgets == {Fraction(text) for text in {"0.2", "0.1", "0.04"} | exact}
     assert len(heatkv.runs) == 1 + len(budgets)
     for one in heatkv.runs:
@@ -133,7 +133,7 @@ def test_the_papers_tables_are_their_protocols() -> None:
     pairs = {(run.benchmark.name, run.method.name) for run in hack.runs}
     assert pairs == {(b, m) for b in ("geneval", "hpsv2", "image-reward", "mjhq30k") for m in methods}
     for one in hack.runs:
-        assert (one.rho, one.limit) == (None if one.method.name == "full" else 0.7, None)
+        assert (one.budget.rho, one.limit) == (None if one.method.name == "full" else Fraction(7, 10), None)
         assert (one.model.sampling.cfg, one.model.sampling.tau) == (4, 1)
 
 

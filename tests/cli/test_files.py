@@ -19,7 +19,8 @@ from heatkv_cli.config import compose
 from heatkv_cli.errors import ArtifactError, SetupError
 from heatkv_cli.models import weights
 from heatkv_cli.models.weights import WeightFile, damage, find_file, places
-from heatkv_cli.pipeline import files, setup
+from heatkv_cli.pipeline import files
+from heatkv_cli.planning.resolver import weight_file
 from heatkv_cli.results import hub_cache, large_files
 
 Capture = pytest.CaptureFixture[str]
@@ -72,7 +73,7 @@ def test_option_environment_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def found(*overrides: str) -> str:
         cfg = compose(["model=infinity-2b", "model.weights.verify=false", *overrides]).first
-        return str(setup.weight_file(cfg, cfg.model.weights.files[0]))
+        return str(weight_file(cfg, cfg.model.weights.files[0]))
 
     assert "snapshots" in found()
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", str(tmp_path / "environment"))
@@ -293,7 +294,7 @@ def test_download_fetches_what_is_named_and_missing(hub: FakeHub, tmp_path: Path
     assert (report["bytes"], report["revisions"]["o/r"][:6]) == (6, "c0ffee")
     assert "6 B to " in ui.said[0]
     for file in cfg.model.weights.files:
-        assert damage(file, setup.weight_file(cfg, file), deep=True) == ""  # found by the one rule
+        assert damage(file, weight_file(cfg, file), deep=True) == ""  # found by the one rule
     if place == "folder":
         assert (tmp_path / "w" / "flan" / "config.json").read_bytes() == b"{}"
     assert files.download(cfg, ui)["files"] == []

@@ -18,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+from heatkv_cli.calibration.calibration import Calibration
 from heatkv_cli.cli import run
-from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.pipeline.generate import bit_kl
 
 Capture = pytest.CaptureFixture[str]
 SMALL = ["runtime.batch_size=4", "runtime.threads=1"]
-TIMED = {"seconds", "numbers_json"}
+TIMED = {"seconds", "numbers"}
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,12 @@ def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
     return document
 
 
-def manifest(folder: Path) -> dict[str, dict[str, str]]:
-    with (folder / "manifest.csv").open(newline="") as f:
-        rows = list(csv.DictReader(f))
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    rows = lines(folder / "manifest.jsonl")
     assert len({row["image_id"] for row in rows}) == len(rows), "an image has two rows"
     return {row["image_id"]: {k: v for k, v in row.items() if k not in TIMED} for row in rows}
 
@@ -88,10 +91,10 @@ def test_calibration_holds_what_methods_need(out: Path, capsys: Capture) -> None
     geometry, prompts = calibration.geometry, len(calibration.seeds)
     assert prompts == 10
     mass = torch.nansum(calibration.scas, 3)  # over sources
-    torch.testing.assert_close(mass[..., 1:], calibration.history_mass[..., 1:].double(), atol=1e-6, rtol=0)
-    assert bool((calibration.history_mass >= 0).all() and (calibration.history_mass <= 1 + 1e-6).all())
+    torch.testing.assert_close(mass[..., 1:], calibration.history_mass[..., 1:].double(), atol=1e-5, rtol=0)
+    assert bool((calibration.history_mass >= 0).all() and (calibration.history_mass <= 1 + 1e-5).all())
     keys = torch.tensor(geometry.schedule.offsets[1:], dtype=torch.float64)
-    assert bool((calibration.entropy <= keys.log() + 1e-6).all())
+    assert bool((calibration.entropy <= keys.log() + 1e-5).all())
     assert bool((calibration.variance >= 0).all())
 
 
@@ -141,11 +144,9 @@ def test_scores_of_a_shard_bear_the_names_of_its_images(tmp_path: Path, capsys: 
         capsys, "eval", "method=full", "metric=shapes", "contact_sheet=0", "--limit", "8", "--shard", "1/2", "--out",
         str(tmp_path), *SMALL,
     )  # fmt: skip
-    (scores,) = tmp_path.glob("images/*/scores.csv")
-    with scores.open(newline="") as f:
-        names = [row["image_id"] for row in csv.DictReader(f)]
-    with (scores.parent / "free" / "manifest-1of2.csv").open(newline="") as f:
-        made = [row["image_id"] for row in csv.DictReader(f)]
+    (scores,) = tmp_path.glob("images/*/scores.jsonl")
+    names = [row["image_id"] for row in lines(scores)]
+    made = [row["image_id"] for row in lines(scores.parent / "free" / "manifest-1of2.jsonl")]
     assert len(made) == 4
     assert names == made
 
@@ -156,7 +157,8 @@ def test_noise_floor_is_full_against_full(out: Path, capsys: Capture) -> None:
         str(out), *SMALL,
     )  # fmt: skip
     (item,) = report["runs"]
-    assert 0 <= item["metrics"]["kl"][0]["value"] < 1e-8
+    # Back ends agree within 1e-4 in logits, and a bit's KL is at most an eighth of the square; 1e-12 is its rounding.
+    assert -1e-12 < item["metrics"]["kl"][0]["value"] < 1e-4**2 / 8
 
 
 def test_seeds_belong_to_images(tmp_path: Path, capsys: Capture) -> None:

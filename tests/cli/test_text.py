@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +21,9 @@ from heatkv_cli.config import compose
 from heatkv_cli.console import Console
 from heatkv_cli.errors import ArtifactError, SetupError
 from heatkv_cli.models.infinity.text_t5 import T5Encoder
-from heatkv_cli.pipeline import generate, setup
+from heatkv_cli.pipeline import generate
+from heatkv_cli.planning import job
+from heatkv_cli.planning.resolver import Resolver
 from heatkv_cli.results import RunFolder, read_meta
 
 SMALL = [
@@ -31,7 +32,7 @@ SMALL = [
     "model.params.width=64", "model.params.block_chunks=2", "model.params.text_channels=256",
     "model.params.text_length=32", f"model.params.tokenizer.bits={golden.CODES['A'].bits}",
     "model.params.tokenizer.base_channels=32", f"model.params.tokenizer.multipliers={[*golden.MULTIPLIERS['A']]}",
-    "benchmark=shapes", "runtime.batch_size=2",
+    "benchmark=natural", "runtime.batch_size=2",
 ]  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def test_text_is_encoded_once_and_the_encoder_may_go(weights: Path, tmp_path: Pa
     assert len(images) == 4 and len(loads) == 1  # two batches, one look at the encoder
     row = RunFolder.reading(run / "free").row(next(iter(images)).removesuffix(".png"))
     assert row is not None
-    numbers = json.loads(row["numbers_json"])
+    numbers = row["numbers"]
     assert 0 < numbers["text_seconds"] < numbers["seconds_per_image"]
 
     bare = tmp_path / "bare"
@@ -129,8 +130,8 @@ def test_precision_and_positive_prompt_reach_the_encoder(weights: Path, tmp_path
     features = []
     for change in ("t5_dtype=float16", "t5_dtype=bfloat16"):
         cfg = compose([*SMALL, f"weights={weights}", f"out={tmp_path}", f"model.params.{change}"]).first
-        model = setup.load_model(cfg, setup.weight_files(cfg))
-        model.prepare(["a red circle"], setup.text_root(cfg))
+        model = job.load_model(cfg, Resolver().weights(cfg)[0])
+        model.prepare(["a red circle"], cfg.text_root)
         features.append(model.encode(["a red circle"]).features)
     assert 0 < (features[0] - features[1]).abs().max() < 0.2
     assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 2

@@ -13,9 +13,9 @@ import yaml
 
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.policy import Method
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import BudgetError
+from heatkv_cli.methods.base import Method, Setting
 
 ROOT = Path(__file__).parents[2]
 GEOMETRY = Geometry("small", 3, 4, 8, ScaleSchedule.squares((1, 2, 3, 4, 5)), 1)
@@ -46,7 +46,7 @@ def latest() -> Method:
 
 
 def test_it_runs_within_its_budget(latest: Method) -> None:
-    cache = KVCache(GEOMETRY, latest.policy(GEOMETRY, Budget.parse("0.6"), None, 2), rows=2, cond_rows=1)
+    cache = KVCache(GEOMETRY, latest.policy(Setting(GEOMETRY, Budget.parse("0.6"), 2)), rows=2, cond_rows=1)
     for count in GEOMETRY.schedule.lengths:
         for layer in range(GEOMETRY.num_layers):
             q, k, v = torch.randn(3, 2, GEOMETRY.num_heads, count, GEOMETRY.head_dim)
@@ -60,4 +60,4 @@ def test_it_runs_within_its_budget(latest: Method) -> None:
 
 def test_it_refuses_less(latest: Method) -> None:
     with pytest.raises(BudgetError, match="17/30"):
-        latest.policy(GEOMETRY, Budget.parse("0.5"), None, 2)
+        latest.policy(Setting(GEOMETRY, Budget.parse("0.5"), 2))

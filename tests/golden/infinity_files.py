@@ -14,7 +14,7 @@ from torch import Tensor
 
 from heatkv_cli.models.infinity.load import load_official
 from heatkv_cli.models.infinity.model import InfinityModel
-from heatkv_cli.models.infinity.tokenizer import Tokenizer, TokenizerConfig
+from heatkv_cli.models.infinity.tokenizer import Tokenizer, TokenizerConfig, TokenizerParams
 
 Tensors = dict[str, Tensor]
 PATCH = {"A": 1, "B": 2}
@@ -44,11 +44,8 @@ def load(net: Path, vae: Path, model: str = "A", **changes: Any) -> InfinityMode
         "text_length": golden.TEXT_LENGTH,
         "rope_base": golden.rope_base(1.0),
         "rope_mode": 2,
-        "tokenizer": {
-            "bits": golden.CODES[model].bits, "base_channels": 32, "multipliers": list(golden.MULTIPLIERS[model]),
-            "norm_groups": 32, "patch": PATCH[model],
-        },
-    }  # fmt: skip
+        "tokenizer": TokenizerParams(golden.CODES[model].bits, 32, golden.MULTIPLIERS[model], 32, patch=PATCH[model]),
+    }
     return load_official(**(settings | changes))
 
 

@@ -113,9 +113,7 @@ class Recorder:
         self.k: dict[int, Tensor] = {}
         self.v: dict[int, Tensor] = {}
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         if layer in self.k:
             k, v = torch.cat((self.k[layer], k), 2), torch.cat((self.v[layer], v), 2)
         self.k[layer], self.v[layer] = k, v

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-WORKER = Path(__file__).resolve().parents[2] / "heatkv_cli" / "metrics" / "official_worker.py"
+WORKER = Path(__file__).resolve().parents[2] / "heatkv_cli" / "metrics" / "preference" / "official_worker.py"
 VISION = {"embed_dim": 64, "depth": 2, "num_heads": 4}
 MED = {
     "vocab_size": 40,

@@ -20,6 +20,7 @@ from torch import Tensor
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.policy import Visit
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.full import Full
 from heatkv_cli.models.base import Sampling
 from heatkv_cli.models.infinity.rope import rope_table
@@ -74,7 +75,7 @@ class LastScale:
 
 def full_cache(run: Run, backend: str = "grouped", **more: Any) -> KVCache:
     rows = run.batch * (2 if run.sampling.guided else 1)
-    policy = Full().policy(run.geometry, Budget.parse("1"), None, rows)
+    policy = Full().policy(Setting(run.geometry, Budget.parse("1"), rows))
     return KVCache(run.geometry, policy, rows, run.batch, backend=backend, **more)
 
 
@@ -134,9 +135,7 @@ class WholeSequence:
         scale = run.geometry.schedule.scale_table()
         self.mask = scale[:, None] >= scale[None]
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=softmax_scale)
 
 

@@ -50,9 +50,7 @@ def no_clamp(s: Setup) -> None:
 
 def softmax_scale(s: Setup) -> None:
     class Scaled(Recorder):
-        def attend(
-            self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-        ) -> Tensor:
+        def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
             return super().attend(layer, q, k, v, q.shape[-1] ** -0.5)
 
     s.cache = Scaled()

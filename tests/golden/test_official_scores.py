@@ -16,13 +16,13 @@ import official_tiny as tiny
 import pytest
 import torch
 
-import heatkv_cli.metrics.hps as hps
-import heatkv_cli.metrics.image_reward as reward
+import heatkv_cli.metrics.preference.hps as hps
+import heatkv_cli.metrics.preference.image_reward as reward
 from heatkv_cli.errors import ArtifactError
 from heatkv_cli.metrics.base import Sample
-from heatkv_cli.metrics.blip import Sizes
-from heatkv_cli.metrics.clip_input import cropped
-from heatkv_cli.metrics.official import OfficialScorer
+from heatkv_cli.metrics.clip.input import cropped
+from heatkv_cli.metrics.preference.blip import Sizes
+from heatkv_cli.metrics.preference.official import OfficialScorer
 
 DATA = json.loads((Path(__file__).parent / "data" / "official_scores.json").read_text())
 PICTURES = tiny.pictures()
@@ -101,7 +101,8 @@ def test_image_reward_pixels() -> None:
 def test_hps_scores_and_pixels(folder: Path, arch: str, antialias: bool) -> None:
     official = DATA["hps"]["antialias" if antialias else "no_antialias"]
     for picture, numbers in zip(PICTURES, official["pixels"], strict=True):
-        np.testing.assert_allclose(hps.preprocess(picture, antialias=antialias).flatten()[::997], numbers, atol=1e-6)
+        # A pixel of the reduced picture is a float32 sum over a hundred and more.
+        np.testing.assert_allclose(hps.preprocess(picture, antialias=antialias).flatten()[::997], numbers, atol=1e-5)
     metric = hps.HPS(weights=str(folder / "hps.pt"), arch=arch, antialias=antialias)
     found = [s.value / 100 for s in metric.score_batch(samples())]
     np.testing.assert_allclose(found, expected(official), atol=1e-5)

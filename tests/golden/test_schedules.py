@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.budget import Budget, decimal_up
-from heatkv_cli.core.orders import Orders, load_orders
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.core.schedule import prune_counts, removal_schedule, smallest_budget
 from heatkv_cli.errors import ArtifactError, BudgetError
+from heatkv_cli.methods.heatkv.orders import Orders, load_orders
+from heatkv_cli.methods.heatkv.schedule import Schedule
+from heatkv_cli.methods.heatkv.scheduler import prune_counts, removal_schedule, smallest_budget
 
 pytestmark = pytest.mark.golden
 

@@ -15,9 +15,9 @@ from test_schedules import geometry_of, orders_of
 from torch import Tensor
 
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.orders import Orders
 from heatkv_cli.core.scales import Geometry
-from heatkv_cli.core.schedule import removal_schedule
+from heatkv_cli.methods.heatkv.orders import Orders
+from heatkv_cli.methods.heatkv.scheduler import removal_schedule
 
 MODELS = ("infinity-2b", "infinity-8b")
 Atom = tuple[int, int, int]  # source, layer, head

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heatkv_cli.core.budget import Budget, decimal_up
-from heatkv_cli.core.orders import random_orders
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.core.schedule import removal_schedule, smallest_budget
+from heatkv_cli.methods.heatkv.orders import random_orders
+from heatkv_cli.methods.heatkv.scheduler import removal_schedule, smallest_budget
 
 Atom = tuple[int, int, int]  # source, head, layer
 

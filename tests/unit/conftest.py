@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from metric_pictures import backbone
+
+from heatkv_cli.metrics.networks import release
+
+
+@pytest.fixture(autouse=True, scope="module")
+def networks() -> Iterator[None]:
+    """Networks that a file's tests loaded are let go when it ends."""
+    yield
+    release()
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,6 @@ class Head:
     current: int
     queries: Tensor
     softmax_scale: float
-    raw: Tensor
     _keys: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -150,15 +149,15 @@ def compare(
     for t, tokens in enumerate(geometry.schedule.lengths):
         offset = geometry.schedule.offsets[t]
         for layer in range(geometry.num_layers):
-            q, k, v, raw = torch.randn(4, rows, H, tokens, geometry.head_dim, generator=g)
+            q, k, v = torch.randn(3, rows, H, tokens, geometry.head_dim, generator=g)
             q = q * sharpness
-            y = cache.attend(layer, q, k, v, scale, lambda raw=raw: raw)
+            y = cache.attend(layer, q, k, v, scale)
             heads = {}
             for b in range(rows):
                 for h in range(H):
                     fresh = [Token(offset + i, k[b, h, i].tolist(), v[b, h, i].tolist()) for i in range(tokens)]
                     history = stored.get((b, layer, h), [])
-                    heads[b, h] = Head([*history, *fresh], tokens, q[b, h], scale, raw[b, h])
+                    heads[b, h] = Head([*history, *fresh], tokens, q[b, h], scale)
             visit = LiteralVisit(geometry, layer, t, heads, stored)
             kept = rule(visit) if timing == "before" or not visit.last else {}
             for (b, h), head in heads.items():

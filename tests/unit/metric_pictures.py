@@ -8,7 +8,7 @@ import torch
 from PIL import Image as Pixels
 
 from heatkv_cli.metrics.base import Sample
-from heatkv_cli.metrics.moments import Moments
+from heatkv_cli.metrics.statistics import Moments
 
 
 def picture(seed: int, height: int = 72, width: int = 64) -> np.ndarray:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.policy import Method
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
+from heatkv_cli.methods.base import Method, Setting
 
 ROWS, COND = 4, 2  # two images, each with a conditional and a guidance row
 GEOMETRY = Geometry("oracle", 3, 2, 4, ScaleSchedule(((1, 1), (2, 2), (3, 3), (3, 4), (5, 5), (6, 5))), 2)
@@ -167,7 +167,7 @@ def check(
         seed: of the inputs.
     """
     budget = Budget.from_rho(text, GEOMETRY.schedule) if rho else Budget.parse(text)
-    cache = KVCache(GEOMETRY, method.policy(GEOMETRY, budget, None, ROWS), ROWS, COND, budget=budget)
+    cache = KVCache(GEOMETRY, method.policy(Setting(GEOMETRY, budget, ROWS)), ROWS, COND, budget=budget)
     oracle, chosen, last = Oracle(GEOMETRY), 0, GEOMETRY.num_scales - 1
     for scale, layer, q, k, v in visits(GEOMETRY, seed):
         attended = cache.ledger.attended_tokens

@@ -94,7 +94,7 @@ def test_current_keys_may_be_part_of_the_groups() -> None:
         [Group([0, 2], k[:, [0, 2]], v[:, [0, 2]]), Group([1, 3, 4], k[:, [1, 3, 4]], v[:, [1, 3, 4]])],
         SCALE,
     )
-    torch.testing.assert_close(split, whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(split, whole, atol=1e-5, rtol=1e-5)  # as each of them and the oracle
 
 
 def test_the_dtype_stays() -> None:
@@ -194,7 +194,7 @@ def test_probabilities_in_chunks(seed: int, chunk: int, monkeypatch: pytest.Monk
     assert (parts[0][0].start, parts[-1][0].stop) == (0, Q)
     step = max(1, chunk // (B * H * 9))
     assert all(p.shape[2] <= step and p.dtype == torch.float32 for _, p in parts)
-    torch.testing.assert_close(torch.cat([p for _, p in parts], 2).double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([p for _, p in parts], 2).double(), expected, atol=1e-5, rtol=1e-5)
     mass = column_mass(q, k, SCALE)
     torch.testing.assert_close(mass.double(), expected.sum(2), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mass.sum(-1), torch.full((B, H), float(Q)), atol=1e-5, rtol=1e-5)

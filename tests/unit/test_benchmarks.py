@@ -65,7 +65,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def benchmark(name: str, **changes: Any) -> Benchmark:
     fields = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert fields.pop("_target_") == "heatkv_cli.benchmarks.base.Benchmark"
-    return Benchmark(**{**fields, **changes})
+    own = {key: value for key, value in fields.items() if key not in ("default_metrics", "world")}
+    return Benchmark(**{**own, **changes})
 
 
 def small(name: str, **changes: Any) -> Benchmark:

@@ -7,10 +7,10 @@ from fractions import Fraction
 import pytest
 
 from heatkv_cli.core.budget import Budget, decimal_up
-from heatkv_cli.core.orders import random_orders
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.core.schedule import prune_counts, removal_schedule, smallest_budget
 from heatkv_cli.errors import BudgetError, ConfigError
+from heatkv_cli.methods.heatkv.orders import random_orders
+from heatkv_cli.methods.heatkv.scheduler import prune_counts, removal_schedule, smallest_budget
 
 INFINITY = ScaleSchedule.squares((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64))
 VAR = ScaleSchedule.squares((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))

@@ -19,7 +19,8 @@ from heatkv_cli.models.infinity.checkpoint import identify
 from heatkv_cli.models.infinity.containers import open_checkpoint
 from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.weights import sha256_path
-from heatkv_cli.pipeline import setup
+from heatkv_cli.planning.job import load_model
+from heatkv_cli.planning.resolver import Resolver
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 
@@ -122,11 +123,11 @@ def test_from_the_yaml_and_a_folder_of_weights(tmp_path: Path, name: str, model:
     write(tmp_path, official(model)).rename(tmp_path / net)
     wrapped(tmp_path, pixels(model)).rename(tmp_path / names["tokenizer"])
     with pytest.raises(SetupError, match="flan-t5-xl is missing"):
-        setup.weight_files(run)
+        Resolver().weights(run)
     (tmp_path / "flan-t5-xl").mkdir()
-    files = setup.weight_files(run)
-    assert len(setup.weights_sha256(files)) == 64
-    loaded = setup.load_model(run, {role: path for role, path in files.items() if role != "text"})
+    files, digest = Resolver().weights(run)
+    assert len(digest) == 64
+    loaded = load_model(run, {role: path for role, path in files.items() if role != "text"})
     assert isinstance(loaded, InfinityModel) and loaded.codes == golden.CODES[model]
     assert loaded.transformer.layers()[0].ffn.fc1.weight.dtype == torch.bfloat16
     assert loaded.rope.shape[1] == 521

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from heatkv_cli.metrics.decisions import GENEVAL, RELATION_NAMES, Detection, Rules, decide, relations, select
+from heatkv_cli.errors import ConfigError
+from heatkv_cli.metrics.objects.decisions import GENEVAL, RELATION_NAMES, Detection, Rules, decide, relations, select
+from heatkv_cli.metrics.objects.geneval import GenEval
+from heatkv_cli.metrics.objects.shapes import ShapesScore
 
 STRICT = Rules(strict=True)
 
@@ -32,6 +35,38 @@ RED_CAT = ONE_CAT | {"color": "red"}
 BLUE_DOG = ONE_DOG | {"color": "blue"}
 DOG_LEFT = ONE_DOG | {"position": ["left of", 0]}
 COUNT_TWO = ask("counting", TWO_CATS, exclude=({"class": "cat", "count": 3},))
+
+
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({}, "no 'include' groups"),
+    ({"include": []}, "no 'include' groups"),
+    ({"include": "abc"}, "'include' is no list of groups"),
+    ({"include": {"class": "cat"}}, "'include' is no list of groups"),
+    ({"include": ["cat"]}, "'include' is no list of groups"),
+    ({"include": [{"count": 1}]}, "has no 'class'"),
+    ({"include": [{"class": 3, "count": 1}]}, "has no 'class'"),
+    *(({"include": [{"class": "cat", "count": c}]}, "the 'count' of 'cat'") for c in ("1", 0, -1, 1.5, True, None)),
+    ({"include": [ONE_CAT | {"color": 3}]}, "the 'color' of 'cat'"),
+    ({"include": [ONE_CAT, ONE_DOG | {"position": "left of"}]}, "the 'position' of 'dog'"),
+    ({"include": [ONE_CAT, ONE_DOG | {"position": ["left of", "0"]}]}, "the 'position' of 'dog'"),
+    ({"include": [ONE_CAT, ONE_DOG | {"position": ["beside", 0]}]}, "unknown relation 'beside'"),
+    ({"include": [ONE_CAT, ONE_DOG | {"position": ["left of", 1]}]}, "refers to group 1"),
+    ({"include": [ONE_CAT], "exclude": "cat"}, "'exclude' is no list of groups"),
+    ({"include": [ONE_CAT], "exclude": [{"class": "cat"}]}, "the 'count' of 'cat'"),
+]
+
+
+@pytest.mark.parametrize(("metadata", "text"), BROKEN)
+def test_metadata_that_cannot_be_judged_by(metadata: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        decide([cat()], {"tag": "colors"} | metadata)
+    for metric in (ShapesScore(), GenEval()):
+        with pytest.raises(ConfigError, match=f"metric {metric.spec.name}: prompt p7") as caught:
+            metric.check_prompt("p7", {"tag": "colors"} | metadata)
+        assert caught.value.hint
+        with pytest.raises(ConfigError, match="no 'tag' and 'include'"):
+            metric.check_prompt("p7", {"tag": 3} | metadata)
+        metric.check_prompt("p7", {"tag": "colors", "include": [ONE_CAT]})
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from heatkv_cli.errors import ArtifactError
-from heatkv_cli.metrics.detector import NAMES, Detector, instances, prepare, resized
-from heatkv_cli.metrics.mmdet import to_transformers
+from heatkv_cli.metrics.objects.detector import NAMES, Detector, instances, prepare, resized
+from heatkv_cli.metrics.objects.mmdet import to_transformers
 
 pytest.importorskip("transformers", reason="transformers (extra geneval) is not installed")
 import mmdet_literal as literal

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from heatkv_cli.core.statistics import elbow
+from heatkv_cli.calibration.statistics import elbow
 from heatkv_cli.pipeline import figures
 from heatkv_cli.pipeline.figures import CELL, CURVE_BOX, CURVE_SIZE, panel_corner, write_scas_map, write_variance_curve
 

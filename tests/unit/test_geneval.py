@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -15,12 +16,17 @@ from PIL import Image
 from torch.nn import functional as F
 
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
-from heatkv_cli.metrics import geneval as module
+from heatkv_cli.metrics import weights as weights_module
 from heatkv_cli.metrics.base import ImageMetric, Sample, Score
-from heatkv_cli.metrics.colours import COLOURS, ColourNamer, cut_out
-from heatkv_cli.metrics.decisions import TASKS, Rules
-from heatkv_cli.metrics.detector import NAMES, Detector, Instance
-from heatkv_cli.metrics.geneval import KNOWN, GenEval, read_detections, rescore
+from heatkv_cli.metrics.clip.network import OPENAI, Clip, load_clip
+from heatkv_cli.metrics.intervals import Bootstrap
+from heatkv_cli.metrics.networks import release
+from heatkv_cli.metrics.objects import geneval as module
+from heatkv_cli.metrics.objects.colours import COLOURS, ColourNamer, cut_out
+from heatkv_cli.metrics.objects.decisions import TASKS, Rules
+from heatkv_cli.metrics.objects.detector import NAMES, Detector, Instance
+from heatkv_cli.metrics.objects.geneval import KNOWN, GenEval, read_detections, rescore
+from heatkv_cli.metrics.weights import Wanted
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip_torch (extra geneval) is not installed")
 pytest.importorskip("transformers", reason="transformers (extra geneval) is not installed")
@@ -36,6 +42,8 @@ CLIP = {
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (20, 160, 3), dtype=np.uint8)
 """Long, since the detector looks at 1333 x 800 pixels where it can."""
+LEAST = 1e-6
+"""Almost everything that the random detector finds."""
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +59,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def metric(files: dict[str, str], **options: Any) -> GenEval:
-    options = {"self_test": False, "min_score": 0.0, "threshold": 0.0, "counting_threshold": 0.0} | options
-    return GenEval(**files, clip_arch=ARCH, detector_config=literal.CONFIG, resamples=100, **options)
+    options = {"self_test": False, "min_score": LEAST, "threshold": LEAST, "counting_threshold": LEAST} | options
+    return GenEval(**files, clip_arch=ARCH, detector_config=literal.CONFIG, **options)
+
+
+def opened(path: Path, arch: str = ARCH) -> Clip:
+    wanted = Wanted(OPENAI, str(path))
+    return load_clip(arch, wanted, "cpu", option="metric.geneval.clip_arch", extra="geneval", quick_gelu=True)
 
 
 def ask(task: str, *include: dict[str, Any], index: int = 0, prompt_id: str = "00000", **more: Any) -> Sample:
@@ -81,7 +94,7 @@ def test_cut_out_is_pillows_composite_and_crop() -> None:
 def test_colours_are_those_of_a_plain_zero_shot_classifier(files: dict[str, str]) -> None:
     boxes = [(0, 0, 48, 20), (10, 8, 160, 18), (5, 0, 9, 19), (30, 10, 31, 11)]
     objects = [Instance(0, 1.0, tuple(map(float, b)), RNG.random((20, 160)) > 0.3) for b in boxes] * 5  # over one batch
-    found = ColourNamer(Path(files["clip_weights"]), ARCH)(PICTURE, objects, "hot dog")
+    found = ColourNamer(opened(Path(files["clip_weights"])))(PICTURE, objects, "hot dog")
 
     model, _, transform = open_clip.create_model_and_transforms(ARCH, pretrained=None)
     model.load_state_dict(torch.load(files["clip_weights"], weights_only=True))
@@ -101,7 +114,9 @@ def test_colours_are_those_of_a_plain_zero_shot_classifier(files: dict[str, str]
     assert found == expected
 
 
-def test_openai_archive_and_wrong_architecture(files: dict[str, str], tmp_path: Path) -> None:
+def test_openai_archive_and_wrong_architecture(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Holder(torch.nn.Module):
         """State dict keys as OpenAI's archive has them: the network's and three numbers."""
 
@@ -117,10 +132,15 @@ def test_openai_archive_and_wrong_architecture(files: dict[str, str], tmp_path: 
     for name in ("input_resolution", "context_length", "vocab_size"):
         holder.register_buffer(name, torch.tensor(7))
     torch.jit.save(torch.jit.script(holder), tmp_path / "ViT-L-14.pt")
-    named = ColourNamer(tmp_path / "ViT-L-14.pt", ARCH)
-    assert torch.equal(named._model.token_embedding.weight, model.token_embedding.weight)
+    with pytest.raises(ArtifactError, match="which can hold code"):
+        opened(tmp_path / "ViT-L-14.pt")
+    release()
+    digest = hashlib.sha256((tmp_path / "ViT-L-14.pt").read_bytes()).hexdigest()
+    monkeypatch.setattr(weights_module, "TORCHSCRIPT", {digest})
+    found = opened(tmp_path / "ViT-L-14.pt").network
+    assert torch.equal(found.token_embedding.weight, model.token_embedding.weight)
     with pytest.raises(ArtifactError, match="no QuickGELU"):
-        ColourNamer(Path(files["clip_weights"]), "plain-gelu")
+        opened(Path(files["clip_weights"]), "plain-gelu")
 
 
 def _copy(source: torch.nn.Module, target: torch.nn.Module) -> None:
@@ -172,8 +192,8 @@ def test_detector_colours_and_judgement_together(files: dict[str, str], tmp_path
     assert len(coloured) == min(number, 16) and {o["class"] for o in coloured} == {present}
 
     # From the lines alone, with files that no longer exist: the same scores; with other constants: others.
-    blind = GenEval(detector_weights="/gone", clip_weights="/gone", detections=str(path), min_score=0.0, clip_arch=ARCH,
-                    threshold=0.0, counting_threshold=0.0)  # fmt: skip
+    blind = GenEval(detector_weights="/gone", clip_weights="/gone", detections=str(path), min_score=LEAST,
+                    clip_arch=ARCH, threshold=LEAST, counting_threshold=LEAST)  # fmt: skip
     assert [blind.score(sample) for sample in samples] == scores
     assert [blind.score(replace(sample, image=None)) for sample in samples] == scores
     assert rescore(path, blind)[1:] == scores
@@ -182,7 +202,7 @@ def test_detector_colours_and_judgement_together(files: dict[str, str], tmp_path
         blind.score(replace(samples[0], image=PICTURE + 1))  # another picture is looked at again
     with pytest.raises(SetupError, match="/gone"):
         blind.score(replace(samples[0], meta=samples[4].meta))  # and so is another question
-    for other in (replace(blind, max_objects=17), replace(blind, min_score=-1.0)):
+    for other in (replace(blind, max_objects=17), replace(blind, min_score=0.0)):
         with pytest.raises(SetupError, match="/gone"):
             other.score(samples[0])  # the lines do not say enough for this
 
@@ -203,11 +223,12 @@ def test_interrupted_file_goes_on(files: dict[str, str], tmp_path: Path) -> None
 
 
 def test_writing_to_respects_the_configured_file(tmp_path: Path) -> None:
-    assert GenEval().writing_to(tmp_path / "a").detections == str(tmp_path / "a")
-    assert GenEval(detections="mine").writing_to(tmp_path / "a").detections == "mine"
+    assert GenEval().writing_to(tmp_path, (1, 2)).detections == str(tmp_path / "detections" / "1-of-2.jsonl")
+    assert GenEval(detections="mine").writing_to(tmp_path, (0, 1)).detections == "mine"
 
 
 def test_self_test_refuses_networks_that_see_nonsense(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    release()
     judge = metric(files, self_test=True)
     loaded: list[Any] = []
     monkeypatch.setattr(module, "Detector", lambda *args: loaded.append(args) or Detector(*args))
@@ -257,7 +278,7 @@ def test_self_test_on_the_known_picture(eyes: Seeing, wrong: str) -> None:
 def test_golden_self_test_with_the_real_weights() -> None:
     judge = GenEval()
     try:
-        judge.weights  # noqa: B018
+        judge.digest()
     except SetupError as error:
         pytest.skip(f"{error.message}; {error.hint}")
     assert judge.self_check() == ""
@@ -270,7 +291,7 @@ def test_rows() -> None:
     values = {"single_object": [1, 1, 0, 0], "counting": [0, 0], "colors": [1, 1]}
     scores = [Score(f"{task}{i // 2}", i % 2, float(v), task) for task, vs in values.items() for i, v in enumerate(vs)]
     full = [replace(s, value=1.0) for s in scores]
-    rows = {v.variant: v for v in GenEval(resamples=200).summarise(scores, full)}
+    rows = {v.variant: v for v in GenEval().summarise(scores, full, Bootstrap(200))}
     assert list(rows) == ["", "single_object", "counting", "colors", "images", "prompts"]
     assert math.isclose(rows[""].value, (0.5 + 0 + 1) / 3) and rows[""].extra["tasks"] == 3
     assert math.isclose(rows["images"].value, 4 / 8) and math.isclose(rows["prompts"].value, 2 / 4)

@@ -18,6 +18,7 @@ from torch import Tensor
 from heatkv_cli.core.attention import Group, grouped_attention
 from heatkv_cli.core.cache import FULL_BUDGET, KVCache
 from heatkv_cli.core.scales import Geometry
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.full import Full
 from heatkv_cli.models.base import Cache, Sampling, Trace
 from heatkv_cli.models.infinity.model import InfinityModel
@@ -72,7 +73,7 @@ def generate(seam: Cache, sampling: Sampling) -> Trace:
 @pytest.mark.parametrize("sampling", [GUIDED, PLAIN], ids=["guided", "plain"])
 def test_not_a_bit_changes_and_a_third_is_saved(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, count = model().rows(len(PROMPTS), sampling), len(PROMPTS)
-    ours, policy = Upstream(), Full().policy(HALF, FULL_BUDGET, None, rows)
+    ours, policy = Upstream(), Full().policy(Setting(HALF, FULL_BUDGET, rows))
     pool = KVCache(HALF, policy, rows, count, torch.bfloat16)
     traces = [generate(ours, sampling), generate(pool, sampling)]
     monkeypatch.setattr(SelfAttention, "project", project_in_float32)

@@ -1,4 +1,4 @@
-"""Bytes and ratios by the definitions of design.md 5, computed by hand."""
+"""Bytes and ratios of a generation, computed by hand."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ def test_peaks_do_not_fall() -> None:
     assert made.used_slots == 20
     assert made.live_peak == 30 * (SLOT + ROWS * 4)
     assert made.meta_peak == 100
-    made.working(7)
-    made.working(3)
-    assert made.work_peak == made.alloc_bytes + 7 * SLOT
+    made.worked(7)
+    made.worked(3)
+    assert made.work_peak == made.alloc_bytes + 7
 
 
 def test_ratios() -> None:
     made = ledger()
     made.visited(15, 60)
-    made.working(9)
+    assert "beta_work" not in made.ratios()
+    made.worked(9)
     made.attending(1, [3, 4, 5])
     made.attending(2, [1, 1, 1])
     full = 2 * 3 * 5 * SLOT  # layers, heads, P
@@ -50,7 +51,7 @@ def test_ratios() -> None:
         {
             "beta_live": 15 * SLOT / full,
             "beta_alloc": CAPACITY * SLOT / full,
-            "beta_work": (CAPACITY + 9) * SLOT / full,
+            "beta_work": (CAPACITY * SLOT + 9) / full,
             "beta_meta": 60 / full,
             "attended_tokens": 15,
             "attended_ratio": 15 / everything,

@@ -38,7 +38,7 @@ CHILD = """
 import json, sys, threading, time, torch
 from heatkv_cli.config import compose
 from heatkv_cli.models.infinity import load
-from heatkv_cli.pipeline import setup
+from heatkv_cli.planning.job import load_model
 
 def memory():
     fields = (line.split() for line in open("/proc/self/status"))
@@ -60,7 +60,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 clock = time.perf_counter()
-model = setup.load_model(run, files)
+model = load_model(run, files)
 seconds = time.perf_counter() - clock
 stop.set(); watcher.join()
 tensors = {n: t for part in (model.transformer, model.tokenizer) for n, t in part.state_dict().items()}

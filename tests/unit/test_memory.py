@@ -15,18 +15,17 @@ from fractions import Fraction
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from heatkv_cli.core.artifacts import Schedule
 from heatkv_cli.core.attention import joined
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.orders import random_orders
-from heatkv_cli.core.policy import Keep, Method, Policy, Visit
+from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
+from heatkv_cli.methods.base import Method, Setting
 from heatkv_cli.methods.full import Full
 from heatkv_cli.methods.heatkv import HeatKV
+from heatkv_cli.methods.heatkv.schedule import Schedule
 from heatkv_cli.methods.sinks import Sinks
 from heatkv_cli.methods.streaming import Streaming
 from heatkv_cli.models.base import Sampling
@@ -50,8 +49,8 @@ cases = pytest.mark.parametrize(("method", "text"), CASES, ids=lambda value: str
 
 def policy_of(method: Method, text: str) -> tuple[Policy, Schedule | None]:
     budget = Budget.parse(text)
-    schedule = method.build_schedule(GEOMETRY, budget, random_orders(GEOMETRY, 0)) if method.scheduled else None
-    return method.policy(GEOMETRY, budget, schedule, ROWS), schedule
+    schedule = method.plan(Setting(GEOMETRY, budget, ROWS)) if method.plan_type else None
+    return method.policy(Setting(GEOMETRY, budget, ROWS, plan=schedule)), schedule  # type: ignore[return-value]
 
 
 @pytest.fixture(autouse=True)
@@ -153,42 +152,6 @@ def test_during_a_visit_there_is_the_current_scale_beside_the_pool(method: Metho
     scale.cache = None
 
 
-def weigh_attention(cache: KVCache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes on the heap beside the pool whenever attention reads from it, and when attention proper runs."""
-    weighed: list[int] = []
-    attention, read = F.scaled_dot_product_attention, cache.pool.read
-
-    def weigh() -> None:
-        # whole storages: what attention has not written yet may be made of a freed key's memory
-        others = storages(ignore=(cache.pool.k, cache.pool.v)).values()
-        weighed.append(sum(flat.nbytes for flat in others if bool(tagged(flat).all())))
-
-    def spy_attention(query: Tensor, key: Tensor, value: Tensor, mask: None, scale: float) -> Tensor:
-        assert bool(tagged(key).all() & tagged(value).all())
-        weigh()
-        return attention(query, key, value, mask, scale=scale)
-
-    def spy_read(slots: Tensor) -> tuple[Tensor, Tensor]:
-        copies = read(slots)
-        weigh()
-        return copies
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy_attention)
-    monkeypatch.setattr(cache.pool, "read", spy_read)
-    generate(cache)
-    return weighed
-
-
-@cases
-def test_beta_work_is_what_attention_needs(method: Method, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly what is alive, whether a layer's heads are equally long or not."""
-    policy, _ = policy_of(method, text)
-    cache = KVCache(GEOMETRY, policy, ROWS, 1)
-    measured = max(weigh_attention(cache, monkeypatch))
-    booked = cache.ledger.work_peak - cache.ledger.alloc_bytes
-    assert measured == booked
-
-
 @cases
 def test_used_slots_hold_what_the_ledger_says(method: Method, text: str) -> None:
     """Occupancy, counted in the pool itself: free slots are painted over after every visit."""
@@ -232,36 +195,6 @@ def test_policies_that_copy_leave_nothing_behind(backend: str) -> None:
     assert weigh_visits(cache) == {cache.ledger.alloc_bytes}
 
 
-class Lopsided(Policy):
-    """One long head, the others empty: padded copies weigh much more than what is stored."""
-
-    def __init__(self) -> None:
-        super().__init__(GEOMETRY.full_tokens)
-        self.beside: list[int] = []
-
-    def before_attend(self, visit: Visit) -> Keep | None:
-        view = visit.view()
-        if visit.scale:
-            assert isinstance(visit.cache, KVCache)
-            self.beside.append(held_bytes(visit.cache) - visit.cache.ledger.alloc_bytes)
-        assert view.k.shape[2] == visit.geometry.schedule.offsets[visit.scale + 1]
-        return None
-
-    def after_attend(self, visit: Visit) -> Iterable[Keep]:
-        segments = torch.zeros(GEOMETRY.num_heads, GEOMETRY.num_scales, dtype=torch.bool)
-        segments[0] = True
-        return (Keep(visit.layer, segments=segments),)
-
-
-def test_what_a_policy_copies_is_charged_to_beta_work() -> None:
-    policy = Lopsided()
-    cache = KVCache(GEOMETRY, policy, ROWS, 1)
-    generate(cache)
-    booked = cache.ledger.work_peak - cache.ledger.alloc_bytes
-    stored = GEOMETRY.schedule.peak_tokens * ROWS * GEOMETRY.bytes_per_token  # read from the pool, then copied
-    assert max(policy.beside) == booked - stored
-
-
 class Uneven(Policy):
     """Heads of three lengths; looks at all their keys."""
 
@@ -269,7 +202,7 @@ class Uneven(Policy):
         super().__init__(GEOMETRY.full_tokens)
 
     def before_attend(self, visit: Visit) -> Keep | None:
-        visit.by_column(visit.q, lambda q, keys: (keys.sum(-1), 0))
+        visit.by_column(visit.q, lambda q, keys: keys.sum(-1))
         return None
 
     def after_attend(self, visit: Visit) -> Iterable[Keep]:
@@ -301,9 +234,7 @@ class Tagging:
         self.cache, self.generator = cache, torch.Generator().manual_seed(0)
         self.weighed: list[int] = []
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         k, v = (tag(tuple(k.shape), value, self.generator) for value in (K_TAG, V_TAG))
         y = self.cache.attend(layer, q * 1e-4, k, v, softmax_scale)
         del k, v
@@ -324,7 +255,7 @@ def test_a_model_s_generation_holds_the_pool_alone(text: str) -> None:
     transformer = Infinity(InfinityConfig(2, 64, 4, 1, codes, text_channels=128, text_length=5))
     model = InfinityModel(geometry, transformer.eval().requires_grad_(False), tokenizer, None, (4, 4))
     method, budget = HeatKV(order="random"), Budget.parse(text)
-    policy = method.policy(geometry, budget, method.build_schedule(geometry, budget, None), 4)
+    policy = method.policy(Setting(geometry, budget, 4))
     seam = Tagging(KVCache(geometry, policy, 4, 2))
     sampling, prompts = Sampling((2.0,) * 4, (1.0,) * 4), Text.pack([torch.randn(5, 128), torch.randn(3, 128)])
     trace = model.generate(prompts, sampling, seam, [torch.Generator().manual_seed(i) for i in range(2)])

@@ -26,10 +26,11 @@ from selection_oracle import (
 
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.caps import shares
 from heatkv_cli.core.policy import Policy
 from heatkv_cli.errors import BudgetError, ConfigError
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.cake import CAKE
+from heatkv_cli.methods.toolkit.caps import shares
 
 LAYERS, HEADS, LAST = GEOMETRY.num_layers, GEOMETRY.num_heads, GEOMETRY.num_scales - 1
 LENGTHS, PEAK = GEOMETRY.schedule.lengths, GEOMETRY.schedule.peak_tokens
@@ -126,7 +127,7 @@ def test_cake(text: str, options: dict[str, object]) -> None:
     method, budget = CAKE(**options), Budget.parse(text)  # type: ignore[arg-type]
     ratio = Fraction(text) * GEOMETRY.bytes_per_token / (GEOMETRY.bytes_per_token + 4)
     rule = Literal(method, int(ratio * PEAK), int(ratio * PEAK * LAYERS))
-    cache = KVCache(GEOMETRY, method.policy(GEOMETRY, budget, None, ROWS), ROWS, COND, budget=budget)
+    cache = KVCache(GEOMETRY, method.policy(Setting(GEOMETRY, budget, ROWS)), ROWS, COND, budget=budget)
     oracle, before, cascades = Oracle(GEOMETRY), method.timing == "before", 0
     ranks: dict[tuple[int, int, int], dict[int, float]] = {}  # score that each stored token was last given
     for scale, layer, q, k, v in visits(GEOMETRY, 3):
@@ -172,7 +173,7 @@ def test_cake(text: str, options: dict[str, object]) -> None:
 
 def test_preferences_move_tokens_between_layers() -> None:
     budget = Budget.parse("0.4")
-    cache = KVCache(GEOMETRY, CAKE().policy(GEOMETRY, budget, None, ROWS), ROWS, COND, budget=budget)
+    cache = KVCache(GEOMETRY, CAKE().policy(Setting(GEOMETRY, budget, ROWS)), ROWS, COND, budget=budget)
     for scale, layer, q, k, v in visits(GEOMETRY, 3):
         if scale == LAST:
             break
@@ -185,10 +186,10 @@ def test_preferences_move_tokens_between_layers() -> None:
 
 
 def test_borders() -> None:
-    assert type(CAKE().policy(GEOMETRY, Budget.parse(1), None, ROWS)) is Policy
+    assert type(CAKE().policy(Setting(GEOMETRY, Budget.parse(1), ROWS))) is Policy
     least = Fraction(4 * 36, 32 * PEAK)  # four tokens and their scores
-    assert CAKE().policy(GEOMETRY, Budget.parse(least), None, ROWS).capacity == 4 * GEOMETRY.heads
+    assert CAKE().policy(Setting(GEOMETRY, Budget.parse(least), ROWS)).capacity == 4 * GEOMETRY.heads
     with pytest.raises(BudgetError, match=str(least)):
-        CAKE().policy(GEOMETRY, Budget.parse(least - Fraction(1, 10**9)), None, ROWS)
+        CAKE().policy(Setting(GEOMETRY, Budget.parse(least - Fraction(1, 10**9)), ROWS))
     with pytest.raises(ConfigError, match="tau1 0"):
         CAKE(tau1=0)

@@ -11,6 +11,7 @@ from selection_oracle import COND, GEOMETRY, ROWS, Place, best, check, grid
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.policy import Policy
 from heatkv_cli.errors import BudgetError, ConfigError
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.h2o import H2O
 from heatkv_cli.methods.streaming import Streaming
 from heatkv_cli.methods.window import Window
@@ -126,16 +127,16 @@ def test_h2o_on_hack_s_axis(rho: str, stored: int) -> None:
         rho=True,
     )
     assert bool(chosen) == (rho != "0")
-    policy = H2O(timing="before").policy(GEOMETRY, Budget.from_rho(rho, GEOMETRY.schedule), None, ROWS)
+    policy = H2O(timing="before").policy(Setting(GEOMETRY, Budget.from_rho(rho, GEOMETRY.schedule), ROWS))
     assert policy.state_bytes == (0 if rho == "0" else 4)
     assert policy.capacity == GEOMETRY.heads * min(stored, PEAK)
 
 
 def test_no_state_where_nothing_can_be_evicted() -> None:
-    policy = H2O().policy(GEOMETRY, Budget.parse(1), None, ROWS)
+    policy = H2O().policy(Setting(GEOMETRY, Budget.parse(1), ROWS))
     assert type(policy) is Policy
     assert policy.state_bytes == 0
-    assert H2O(timing="before").policy(GEOMETRY, Budget.parse(1), None, ROWS).state_bytes == 4
+    assert H2O(timing="before").policy(Setting(GEOMETRY, Budget.parse(1), ROWS)).state_bytes == 4
 
 
 def test_sums_weigh_what_they_are_charged() -> None:
@@ -144,7 +145,7 @@ def test_sums_weigh_what_they_are_charged() -> None:
     from heatkv_cli.core.cache import KVCache
 
     budget = Budget.parse("0.4")
-    policy = H2O().policy(GEOMETRY, budget, None, ROWS)
+    policy = H2O().policy(Setting(GEOMETRY, budget, ROWS))
     cache = KVCache(GEOMETRY, policy, ROWS, COND, budget=budget)
     for scale, layer, q, k, v in visits(GEOMETRY, 1):
         cache.attend(layer, q, k, v, SOFTMAX_SCALE)
@@ -158,9 +159,9 @@ def test_sums_weigh_what_they_are_charged() -> None:
 
 def test_smallest_budgets() -> None:
     for method, least in [(Window(), Fraction(1, PEAK)), (H2O(), Fraction(36, 32 * PEAK))]:
-        assert method.policy(GEOMETRY, Budget.parse(least), None, ROWS).capacity == GEOMETRY.heads
+        assert method.policy(Setting(GEOMETRY, Budget.parse(least), ROWS)).capacity == GEOMETRY.heads
         with pytest.raises(BudgetError, match=str(least)):
-            method.policy(GEOMETRY, Budget.parse(least - Fraction(1, 10**9)), None, ROWS)
+            method.policy(Setting(GEOMETRY, Budget.parse(least - Fraction(1, 10**9)), ROWS))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import torch
 from literal_cache import Head, LiteralVisit, Rule, Token, compare, merge, top
 from torch import Tensor
 
+from heatkv_cli.calibration.calibration import Calibration
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.policy import Policy
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ArtifactError, BudgetError, ConfigError
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.hack import Hack, contextual_heads, head_caps
 
 TOY = Geometry("toy", 2, 4, 6, ScaleSchedule(((1, 1), (2, 2), (2, 3), (3, 3), (4, 5))), 1)
@@ -31,7 +32,7 @@ def calibration(geometry: Geometry, seed: int = 0) -> Calibration:
 
 
 def made(method: Hack, geometry: Geometry, budget: Budget) -> Policy:
-    return method.policy(geometry, budget, None, 2, calibration(geometry))
+    return method.policy(Setting(geometry, budget, 2, calibration=calibration(geometry)))
 
 
 # --------------------------------------------------------------------------------------------------- the paper, slowly
@@ -241,12 +242,12 @@ def test_too_small_a_budget_names_the_smallest() -> None:
 
 def test_a_calibration_is_needed_and_must_fit() -> None:
     with pytest.raises(ConfigError, match="needs a calibration"):
-        Hack().policy(TOY, Budget.parse("0.5"), None, 2)
+        Hack().policy(Setting(TOY, Budget.parse("0.5"), 2))
     with pytest.raises(ArtifactError, match="thirteen"):
-        Hack().policy(TOY, Budget.parse("0.5"), None, 2, calibration(LARGE))
+        Hack().policy(Setting(TOY, Budget.parse("0.5"), 2, calibration=calibration(LARGE)))
     neither = Hack(asymmetric=False, patterns=False)
     assert Hack().calibrated and not neither.calibrated
-    neither.policy(TOY, Budget.parse("0.5"), None, 2)
+    neither.policy(Setting(TOY, Budget.parse("0.5"), 2))
 
 
 @pytest.mark.parametrize(

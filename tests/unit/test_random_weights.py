@@ -17,6 +17,7 @@ from infinity_files import load as load_files
 
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.full import Full
 from heatkv_cli.models.base import Sampling, Trace
 from heatkv_cli.models.infinity.model import InfinityModel
@@ -31,7 +32,7 @@ def load(**changes: Any) -> InfinityModel:
 
 def draw(model: InfinityModel, prompts: list[str]) -> Trace:
     geometry = model.geometry
-    policy = Full().policy(geometry, Budget.parse(1), None, 2 * len(prompts))
+    policy = Full().policy(Setting(geometry, Budget.parse(1), 2 * len(prompts)))
     dtype = model.transformer.layers()[0].sa.mat_qkv.weight.dtype
     cache = KVCache(geometry, policy, 2 * len(prompts), len(prompts), dtype)
     scales = geometry.num_scales

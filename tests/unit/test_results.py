@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import os
 import random
 import signal
@@ -15,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from heatkv_cli import results
 from heatkv_cli.errors import ArtifactError, SetupError
-from heatkv_cli.results import MANIFEST_COLUMNS, RESULT_COLUMNS, RunFolder, read_csv, upsert_results
+from heatkv_cli.results import (
+    MANIFEST_FIELDS,
+    Fields,
+    RunFolder,
+    parse_lines,
+)
 from heatkv_cli.results import folder as folder_module
-from heatkv_cli.results.tables import complete_prefix, encode_rows, parse_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("a red circle", 'two, "quoted"', "über\nzwei Zeilen", "tab\tand\rreturn")
@@ -42,18 +45,26 @@ def write_batch(folder: RunFolder, batch: int) -> None:
         {"image_id": name, "prompt": PROMPTS[i % 4], "sample": 0, "batch": batch, "file": f"{name}.png", "status": "ok"}
         for i, name in enumerate(ids(batch))
     ]
+    rows = [{name: value for name, value in row.items() if name in folder.fields} for row in rows]
     folder.append_batch(rows, {f"{name}.png": picture(name) for name in ids(batch)})
 
 
-def resume(path: Path, batches: int) -> list[int]:
+FEW = {name: MANIFEST_FIELDS[name] for name in ("image_id", "file", "sha256", "status")}
+
+
+def resume(path: Path, batches: int, fields: Fields = MANIFEST_FIELDS) -> list[int]:
     """Do what is missing; return which batches that were."""
     made = []
-    with RunFolder(path) as folder:
+    with RunFolder(path, fields=fields) as folder:
         for batch in range(batches):
             if not folder.done(ids(batch)):
                 write_batch(folder, batch)
                 made.append(batch)
     return made
+
+
+def manifest(path: Path) -> list[dict[str, Any]]:
+    return parse_lines(path, path.read_bytes(), MANIFEST_FIELDS)
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -69,7 +80,7 @@ def test_batches_are_written_once(tmp_path: Path) -> None:
     before = tree(tmp_path)
     assert resume(tmp_path, 3) == []
     assert tree(tmp_path) == before
-    rows = read_csv(tmp_path / "manifest.csv")
+    rows = manifest(tmp_path / "manifest.jsonl")
     assert [row["image_id"] for row in rows] == ids(0) + ids(1) + ids(2)
     assert [row["prompt"] for row in rows[:3]] == list(PROMPTS[:3])
     assert all(row["sha256"] == hashlib.sha256(picture(row["image_id"])).hexdigest() for row in rows)
@@ -77,28 +88,27 @@ def test_batches_are_written_once(tmp_path: Path) -> None:
 
 def test_a_cut_at_every_byte_of_the_append(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    resume(whole, 1)
-    begin = len((whole / "manifest.csv").read_bytes())
-    resume(whole, 2)
+    resume(whole, 1, FEW)
+    begin = len((whole / "manifest.jsonl").read_bytes())
+    resume(whole, 2, FEW)
     expected = tree(whole)
-    full = expected["manifest.csv"]
+    full = expected["manifest.jsonl"]
     torn = tmp_path / "torn"
-    resume(torn, 2)
+    resume(torn, 2, FEW)
     for end in range(begin, len(full)):
-        (torn / "manifest.csv").write_bytes(full[:end])
-        assert resume(torn, 2) == [1], f"cut at byte {end}"
+        (torn / "manifest.jsonl").write_bytes(full[:end])
+        assert resume(torn, 2, FEW) == [1], f"cut at byte {end}"
         assert tree(torn) == expected, f"cut at byte {end}"
-    (torn / "manifest.csv").write_bytes(full)
-    assert resume(torn, 2) == []
+    (torn / "manifest.jsonl").write_bytes(full)
+    assert resume(torn, 2, FEW) == []
 
 
-def test_a_cut_at_every_byte_of_the_header(tmp_path: Path) -> None:
-    resume(tmp_path, 1)
+def test_a_cut_at_every_byte_of_the_first_batch(tmp_path: Path) -> None:
+    resume(tmp_path, 1, FEW)
     expected = tree(tmp_path)
-    header = expected["manifest.csv"].index(b"\n")
-    for end in range(header + 1):
-        (tmp_path / "manifest.csv").write_bytes(expected["manifest.csv"][:end])
-        assert resume(tmp_path, 1) == [0]
+    for end in range(0, len(expected["manifest.jsonl"]), 7):
+        (tmp_path / "manifest.jsonl").write_bytes(expected["manifest.jsonl"][:end])
+        assert resume(tmp_path, 1, FEW) == [0]
         assert tree(tmp_path) == expected
 
 
@@ -123,10 +133,10 @@ def test_a_damaged_image_is_made_again(tmp_path: Path, harm: str) -> None:
         path.write_bytes(picture("x") if harm == "change" else path.read_bytes()[:-1])
     assert resume(tmp_path, 3) == [1]
     after = tree(tmp_path)
-    rows = [row["image_id"] for row in read_csv(tmp_path / "manifest.csv")]
+    rows = [row["image_id"] for row in manifest(tmp_path / "manifest.jsonl")]
     assert sorted(rows) == sorted(ids(0) + ids(1) + ids(2))
-    assert {name: data for name, data in after.items() if name != "manifest.csv"} == {
-        name: data for name, data in expected.items() if name != "manifest.csv"
+    assert {name: data for name, data in after.items() if name != "manifest.jsonl"} == {
+        name: data for name, data in expected.items() if name != "manifest.jsonl"
     }
 
 
@@ -137,7 +147,7 @@ def test_a_failed_image_is_tried_again(tmp_path: Path) -> None:
         assert folder.rows() == []
         folder.append_batch([{"image_id": "a", "status": "ok"}], {})
         assert folder.done(["a"])
-    assert [row["status"] for row in read_csv(tmp_path / "manifest.csv")] == ["ok"]
+    assert [row["status"] for row in manifest(tmp_path / "manifest.jsonl")] == ["ok"]
 
 
 def test_traces_are_checked_like_images(tmp_path: Path) -> None:
@@ -191,7 +201,7 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_manifest_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resume(tmp_path, 1)
-    before = (tmp_path / "manifest.csv").read_bytes()
+    before = (tmp_path / "manifest.jsonl").read_bytes()
 
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -202,7 +212,7 @@ def test_a_full_disk_leaves_the_manifest_alone(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(folder_module.os, "fsync", fail)
         with pytest.raises(SetupError, match="No space left"):
             folder.append_batch([{"image_id": name} for name in ids(1)], {})
-    assert (tmp_path / "manifest.csv").read_bytes() == before
+    assert (tmp_path / "manifest.jsonl").read_bytes() == before
 
 
 # --------------------------------------------------------------------------------------------------- locks, shards
@@ -230,8 +240,8 @@ def test_shards_work_side_by_side_and_are_merged(tmp_path: Path) -> None:
         write_batch(third, 2)
     assert len(RunFolder.reading(tmp_path).rows()) == 3 * SIZE
     assert resume(tmp_path, 3) == []
-    assert [path.name for path in tmp_path.glob("*.csv")] == ["manifest.csv"]
-    assert sorted(row["image_id"] for row in read_csv(tmp_path / "manifest.csv")) == ids(0) + ids(1) + ids(2)
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["manifest.jsonl"]
+    assert sorted(row["image_id"] for row in manifest(tmp_path / "manifest.jsonl")) == ids(0) + ids(1) + ids(2)
 
 
 def test_a_shard_at_work_is_not_merged(tmp_path: Path) -> None:
@@ -239,7 +249,7 @@ def test_a_shard_at_work_is_not_merged(tmp_path: Path) -> None:
         write_batch(shard, 1)
         with RunFolder(tmp_path) as folder:
             assert folder.done(ids(1))
-        assert (tmp_path / "manifest-1of2.csv").exists()
+        assert (tmp_path / "manifest-1of2.jsonl").exists()
 
 
 def test_an_image_made_twice_counts_once(tmp_path: Path) -> None:
@@ -257,23 +267,106 @@ def test_an_image_made_twice_counts_once(tmp_path: Path) -> None:
 
 def test_reading_neither_locks_nor_repairs(tmp_path: Path) -> None:
     resume(tmp_path, 2)
-    torn = (tmp_path / "manifest.csv").read_bytes()[:-5]
-    (tmp_path / "manifest.csv").write_bytes(torn)
+    torn = (tmp_path / "manifest.jsonl").read_bytes()[:-5]
+    (tmp_path / "manifest.jsonl").write_bytes(torn)
     with RunFolder(tmp_path / "other"):
         assert len(RunFolder.reading(tmp_path).rows()) == 2 * SIZE - 1
-    assert (tmp_path / "manifest.csv").read_bytes() == torn
+    assert (tmp_path / "manifest.jsonl").read_bytes() == torn
 
 
-def test_a_manifest_of_another_version(tmp_path: Path) -> None:
-    (tmp_path / "manifest.csv").write_text("image_id,colour\nx,red\n")
-    with pytest.raises(ArtifactError, match="other columns") as caught, RunFolder(tmp_path):
+def test_a_folder_of_an_older_heatkv_is_refused_and_stays(tmp_path: Path) -> None:
+    old = "image_id,colour\nx,red\n"
+    (tmp_path / "manifest.csv").write_text(old)
+    for enter in (lambda: RunFolder(tmp_path).__enter__(), lambda: RunFolder.reading(tmp_path)):
+        with pytest.raises(ArtifactError, match="older heatkv") as caught:
+            enter()
+        assert "--out" in caught.value.hint
+    assert (tmp_path / "manifest.csv").read_text() == old
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.csv"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"sample": 0', '"sample": "0"', "'sample' is '0'"),
+        ('"sample": 0', '"sample": NaN', "NaN is not a JSON number"),
+        ('"image_id"', '"id"', "its fields are not those this heatkv writes"),
+        ('{"image_id"', '["image_id"', "line 1"),
+        ('"numbers": null', '"numbers": ' + "[" * 100_000, "nested too deeply"),
+        ('"image_id": "p000-0"', '"image_id": null', "'image_id' is None"),
+    ],
+)
+def test_a_line_changed_by_hand_is_named(tmp_path: Path, old: str, new: str, words: str) -> None:
+    resume(tmp_path, 1)
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(path.read_text().replace(old, new, 1))
+    before = path.read_bytes()
+    with pytest.raises(ArtifactError, match=words) as caught:
+        resume(tmp_path, 1)
+    assert f"{path}, line 1" in caught.value.message
+    assert path.read_bytes() == before
+    path.write_bytes(before[before.index(b"\n") + 1 :])  # what the hint says
+    assert resume(tmp_path, 1) == [0]
+
+
+def test_a_manifest_that_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "manifest.jsonl").mkdir()
+    with pytest.raises(ArtifactError, match="cannot read"), RunFolder(tmp_path):
         pass
-    assert "--out" in caught.value.hint
 
 
-def test_unknown_columns_are_a_bug(tmp_path: Path) -> None:
-    with RunFolder(tmp_path) as folder, pytest.raises(ValueError, match="no such column: colour"):
+def test_a_pipe_in_a_manifests_place_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.jsonl")
+    with pytest.raises(ArtifactError, match="not a regular file"), RunFolder(tmp_path):
+        pass
+
+
+def test_unknown_fields_are_a_bug(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as folder, pytest.raises(ValueError, match="no such field: colour"):
         folder.append_batch([{"image_id": "a", "colour": "red"}], {})
+
+
+def test_types_and_infinities_survive(tmp_path: Path) -> None:
+    numbers = {"psnr": float("inf"), "kl": 0.25, "window": 3}
+    with RunFolder(tmp_path) as folder:
+        folder.append_batch([{"image_id": "a", "seed": 2**62, "numbers": numbers}], {})
+    (row,) = RunFolder.reading(tmp_path).rows()
+    assert row["seed"] == 2**62
+    assert row["numbers"] == {"psnr": "inf", "kl": 0.25, "window": 3}
+    assert {name: float(value) for name, value in row["numbers"].items()} == numbers
+
+
+def test_leftovers_of_dead_processes_go_those_of_living_ones_stay(tmp_path: Path) -> None:
+    dead, alive, named = (tmp_path / name for name in (".x.999999999.tmp", f".x.{os.getpid()}.tmp", ".notes.tmp"))
+    for path in (dead, alive, named):
+        path.touch()
+    results.ensure_writable(tmp_path)
+    assert not dead.exists()
+    assert alive.exists() and named.exists()
+
+
+def test_a_held_lock_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heatkv_cli.results.files.PATIENCE", 0.05)
+    path = tmp_path / ".lock"
+    code = (
+        "import sys, time; from pathlib import Path; from heatkv_cli.results import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(1)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    logger = logging.getLogger("heatkv.results")
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        with results.locked(path, wait=True):
+            assert holder.poll() is not None or holder.wait(5) == 0
+    finally:
+        logger.removeHandler(handler)
+        holder.stdout.close()
+    assert said and f"process {holder.pid}" in said[0] and str(path) in said[0]
 
 
 def test_an_unwritable_folder(tmp_path: Path) -> None:
@@ -281,74 +374,6 @@ def test_an_unwritable_folder(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="cannot write to") as caught, RunFolder(tmp_path / "file" / "run"):
         pass
     assert "--out" in caught.value.hint
-
-
-# ----------------------------------------------------------------------------------------------------------- tables
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=12)
-
-
-@given(st.lists(st.lists(TEXT, min_size=2, max_size=2), min_size=1, max_size=4))
-def test_any_text_survives_and_any_cut_is_found(lines: list[list[str]]) -> None:
-    rows = [dict(zip("ab", line, strict=True)) for line in lines]
-    ends = [len(encode_rows(rows[:count], "ab")) for count in range(len(rows) + 1)]
-    data = encode_rows(rows, "ab")
-    assert parse_csv(Path("x"), b"a,b\n" + data) == (["a", "b"], rows)
-    for cut in range(len(data) + 1):
-        assert complete_prefix(data[:cut]) == max(end for end in ends if end <= cut)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, ""), (True, "true"), (False, "false"), (0.1, "0.1"), (3, "3"), (float("inf"), "inf"), ("", "")]
-    + [({"b": 1, "a": 2}, '{"a": 2, "b": 1}'), ([1, 2], "[1, 2]")],
-)
-def test_cells(value: Any, text: str) -> None:
-    assert results.cell(value) == text
-
-
-def row(run_id: str, metric: str = "kl", value: float = 0.0, **more: Any) -> dict[str, Any]:
-    return {"run_id": run_id, "metric": metric, "variant": "", "value": value, **more}
-
-
-def test_results_are_replaced_by_key(tmp_path: Path) -> None:
-    path = tmp_path / "runs" / "results.csv"
-    upsert_results(path, [row("a", value=1.0), row("a", "psnr"), row("b")])
-    upsert_results(path, [row("a", value=2.0), row("c")])
-    found = read_csv(path)
-    assert [(item["run_id"], item["metric"], item["value"]) for item in found] == [
-        ("a", "kl", "2.0"),
-        ("a", "psnr", "0.0"),
-        ("b", "kl", "0.0"),
-        ("c", "kl", "0.0"),
-    ]
-    assert tuple(found[0]) == RESULT_COLUMNS
-
-
-def test_unknown_columns_of_a_results_file_stay(tmp_path: Path) -> None:
-    path = tmp_path / "results.csv"
-    path.write_text("run_id,metric,variant,value,remark\na,kl,,1,good\n")
-    upsert_results(path, [row("b", difference=0.5)])
-    first, second = read_csv(path)
-    assert (first["remark"], first["value"], first["difference"]) == ("good", "1", "")
-    assert (second["remark"], second["difference"]) == ("", "0.5")
-
-
-def test_a_results_file_that_is_none(tmp_path: Path) -> None:
-    path = tmp_path / "results.csv"
-    path.write_text("a,b\n1\n")
-    with pytest.raises(ArtifactError, match="row 2 has 1 cells"):
-        upsert_results(path, [row("b")])
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ArtifactError, match="not a CSV file"):
-        read_csv(path)
-    assert read_csv(tmp_path / "none.csv") == []
-
-
-def test_columns_are_those_of_the_design() -> None:
-    assert {"beta_live", "beta_alloc", "beta_work", "beta_meta", "rho", "low", "high", "variant"} <= set(RESULT_COLUMNS)
-    assert {"image_id", "seed", "sha256", "status", "error"} <= set(MANIFEST_COLUMNS)
-    assert len(set(RESULT_COLUMNS)) == len(RESULT_COLUMNS)
 
 
 # ------------------------------------------------------------------------------------------------------------- meta

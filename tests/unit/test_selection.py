@@ -14,7 +14,7 @@ from torch import Tensor
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.policy import Keep, Policy, View, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.core.selection import (
+from heatkv_cli.methods.toolkit.selecting import (
     grid_queries,
     kept_state,
     pool_segments,
@@ -85,8 +85,8 @@ def test_top_masks(tokens: int, count: int, dice: random.Random) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from([1, 3, 5, 7]), st.sampled_from(["avg", "max"]), st.booleans(), st.randoms(use_true_random=False))
-def test_pools_stay_inside_their_scale(kernel: int, mode: str, across: bool, dice: random.Random) -> None:
+@given(st.sampled_from([1, 3, 5, 7]), st.sampled_from(["avg", "max"]), st.randoms(use_true_random=False))
+def test_pools_stay_inside_their_scale(kernel: int, mode: str, dice: random.Random) -> None:
     rows, heads, width = 2, 2, 12
     positions = torch.full((rows, heads, width), -1)
     for row in range(rows):
@@ -95,7 +95,7 @@ def test_pools_stay_inside_their_scale(kernel: int, mode: str, across: bool, dic
             positions[row, head, : len(chosen)] = torch.tensor(chosen)
     without = torch.tensor([[[dice.random() < 0.2 for _ in range(width)]]])
     scores = draw(dice, rows, heads, width)
-    found = pool_segments(scores, positions, SCHEDULE, kernel, mode, without, across)  # type: ignore[arg-type]
+    found = pool_segments(scores, positions, SCHEDULE, kernel, mode, without)  # type: ignore[arg-type]
     if kernel == 1:
         assert found is scores
         return
@@ -111,7 +111,7 @@ def test_pools_stay_inside_their_scale(kernel: int, mode: str, across: bool, dic
                     for j in range(max(0, i - kernel // 2), min(width, i + kernel // 2 + 1))
                     if positions[row, head, j] >= 0
                     and not without[0, 0, j]
-                    and (across or scale[row, head, j] == scale[row, head, i])
+                    and scale[row, head, j] == scale[row, head, i]
                 ]
                 expected = max(near) if mode == "max" else sum(near) / len(near)
                 assert float(found[row, head, i]) == pytest.approx(expected, rel=1e-6)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import shapes_world as world
-from heatkv_cli.metrics import shapes
 from heatkv_cli.metrics.base import Sample
+from heatkv_cli.metrics.objects import shapes
 
 PER_TASK = 170
 
@@ -195,7 +195,7 @@ def test_same_seed_same_batch_and_another_side() -> None:
 
 def test_order_is_counted_among_pictures_with_the_right_objects() -> None:
     rng = random.Random(5)
-    metric, scores = shapes.ShapesScore(resamples=10), []
+    metric, scores = shapes.ShapesScore(), []
     for number, swap in enumerate((False, True, False)):
         scene = world.sample(rng, "position", "a")
         meta = world.metadata(scene)

@@ -104,7 +104,7 @@ def test_an_empty_table() -> None:
     table = LayerTable.empty(3)
     assert table.padded_positions().shape == (1, 3, 0)
     assert [(heads, slots.tolist()) for heads, slots in table.groups()] == [([0, 1, 2], [])]
-    assert table.index_bytes == table.copied_tokens(7, as_it_is) == 0  # one group, no history: nothing is copied
+    assert table.index_bytes == 0
 
 
 def test_nothing_is_copied_where_everything_stays() -> None:
@@ -112,28 +112,6 @@ def test_nothing_is_copied_where_everything_stays() -> None:
     same, dropped = table.filtered(torch.ones(2, 2, dtype=torch.bool))
     assert same is table
     assert len(dropped) == 0
-
-
-def test_what_attention_copies() -> None:
-    shared = from_lists([[(1, (5,)), (2, (6,))], [(3, (5,)), (4, (6,))]], 1)
-    assert shared.copied_tokens(10, as_it_is) == 2 * (
-        2 + 2 + 10
-    )  # histories, and histories joined with the current scale
-    ragged = from_lists([[(1, (5,)), (2, (6,))], [], []], 1)
-    assert ragged.copied_tokens(1, as_it_is) == max(
-        1 * (2 + 2 + 1), 2 * 1
-    )  # or heads without history out of the current scale
-    assert ragged.copied_tokens(10, as_it_is) == max(1 * (2 + 2 + 10), 2 * 10)
-
-
-def test_keys_that_the_kernel_gets_beyond_its_own_are_copied_too() -> None:
-    ragged = from_lists([[(1, (5,)), (2, (6,))], [], []], 1)
-    assert ragged.copied_tokens(10, lambda keys: 16) == max(1 * (2 + 16), 2 * 16)
-    assert LayerTable.empty(3).copied_tokens(7, lambda keys: 8) == 3 * 8
-
-
-def as_it_is(keys: int) -> int:
-    return keys
 
 
 def test_index_bytes_count_int32() -> None:

@@ -20,7 +20,8 @@ import runs
 from heatkv_cli.config import choices, compose
 from heatkv_cli.config.groups import read_yaml
 from heatkv_cli.config.typed import load_target
-from heatkv_cli.results import encode_rows, read_csv
+from heatkv_cli.pipeline.rows import SCORE_FIELDS
+from heatkv_cli.results import encode_lines, encode_rows, read_csv
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = read_csv(ROOT / "results" / "paper" / "published.csv")
@@ -169,8 +170,11 @@ def test_comparing_from_files(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_bytes(encode_rows([head, *rows], columns))
     for name, values in (("heatkv", (1.0, 2.0)), ("snapkv", (2.0, math.inf))):
         (tmp_path / "images" / name).mkdir(parents=True)
-        lines = "".join(f"p{i},psnr,{value},,\n" for i, value in enumerate(values))
-        (tmp_path / "images" / name / "scores.csv").write_text(f"image_id,metric,value,stratum,note\n{lines}")
+        scores = [
+            {"image_id": f"p{i}", "metric": "psnr", "value": value, "stratum": "", "note": ""}
+            for i, value in enumerate(values)
+        ]
+        (tmp_path / "images" / name / "scores.jsonl").write_bytes(encode_lines(scores, SCORE_FIELDS))
     ours, theirs = runs.load_runs(tmp_path)
     found = runs.difference("psnr", [ours], [theirs])
     assert found is not None

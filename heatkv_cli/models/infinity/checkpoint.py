@@ -29,17 +29,25 @@ STALE = ("lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_
 """Buffers of older versions, which upstream drops as well."""
 
 TRANSFORMERS = {
-    (32, 2048): "infinity-2b", (40, 3584): "infinity-8b", (58, 4608): "infinity_20b",
-    (12, 768): "infinity_layer12", (16, 1152): "infinity_layer16", (24, 1536): "infinity_layer24",
-    (32, 2080): "infinity_layer32", (40, 2688): "infinity_layer40", (48, 3360): "infinity_layer48",
-}  # fmt: skip
+    (32, 2048): "infinity-2b",
+    (40, 3584): "infinity-8b",
+    (58, 4608): "infinity_20b",
+    (12, 768): "infinity_layer12",
+    (16, 1152): "infinity_layer16",
+    (24, 1536): "infinity_layer24",
+    (32, 2080): "infinity_layer32",
+    (40, 2688): "infinity_layer40",
+    (48, 3360): "infinity_layer48",
+}
 """(depth, width) -> name."""
 
 TOKENIZERS = {
     (32, 5): "infinity_vae_d32reg, of infinity-2b (or the d32 before it, which has the same shapes)",
     (14, 4): "infinity_vae_d56_f8_14_patchify, of infinity-8b",
-    (16, 5): "infinity_vae_d16", (24, 5): "infinity_vae_d24", (64, 5): "infinity_vae_d64",
-}  # fmt: skip
+    (16, 5): "infinity_vae_d16",
+    (24, 5): "infinity_vae_d24",
+    (64, 5): "infinity_vae_d64",
+}
 """(bits per position, levels) -> name."""
 
 # Where the state dict of a pickle may be. A tokenizer's place is among the transformer's for the sake of the message.

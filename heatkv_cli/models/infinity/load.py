@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +29,7 @@ from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.infinity.random_weights import TEXT_TOKENS, random_model
 from heatkv_cli.models.infinity.text import WordEncoder
 from heatkv_cli.models.infinity.text_t5 import Precision, T5Encoder, positive_text
-from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig
+from heatkv_cli.models.infinity.tokenizer import Tokenizer, TokenizerParams
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig
 from heatkv_cli.models.text_store import StoredText, is_features
 
@@ -57,7 +57,7 @@ def load_bundled(
     text_layers: int,
     rope_base: tuple[int, int],
     rope_mode: int,
-    tokenizer: dict[str, Any],
+    tokenizer: TokenizerParams,
 ) -> InfinityModel:
     """The bundled model, computed in float32.
 
@@ -67,12 +67,13 @@ def load_bundled(
         device: where it runs.
         width, block_chunks, text_channels, text_layers: of the networks.
         rope_base, rope_mode: see `rope_table`.
-        tokenizer: fields of `TokenizerConfig`, and `patch`, see `Codes`.
+        tokenizer: its shape and packing.
 
     Raises:
         ArtifactError: the file is damaged, or does not fit the YAML.
     """
-    shape, codes = shape_of(tokenizer)
+    check_width(geometry, width)
+    shape, codes = tokenizer.shape, tokenizer.codes
     base = (rope_base[0], rope_base[1])
     sizes = (geometry.num_layers, width, geometry.num_heads, block_chunks, codes, text_channels)
     if not files:
@@ -101,12 +102,17 @@ def load_bundled(
     return InfinityModel(geometry, transformer, pixels, text, base, rope_mode)
 
 
-def shape_of(tokenizer: Mapping[str, Any]) -> tuple[TokenizerConfig, Codes]:
-    """The tokenizer's section of a model's YAML -> its shape, and how its bits are packed into tokens."""
-    fields = dict(tokenizer)
-    patch = int(fields.pop("patch", 1))
-    shape = TokenizerConfig(**{**fields, "multipliers": tuple(fields["multipliers"])})
-    return shape, Codes(shape.bits, patch)
+def check_width(geometry: Geometry, width: int) -> None:
+    """Check that the transformer's width is that of its heads.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if width != geometry.num_heads * geometry.head_dim:
+        raise ConfigError(
+            f"{geometry.model}: width {width} over {geometry.num_heads} heads is not head_dim {geometry.head_dim}",
+            "change model.params.width, model.num_heads or model.head_dim",
+        )
 
 
 def _fill(path: Path, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -133,7 +139,7 @@ def load_official(
     text_length: int,
     rope_base: tuple[int, int],
     rope_mode: int,
-    tokenizer: dict[str, Any],
+    tokenizer: TokenizerParams,
     t5_dtype: Precision = "float16",
     positive_prompt: bool = False,
     ema: bool | None = None,
@@ -149,7 +155,7 @@ def load_official(
         dtype: of the transformer's blocks; everything else is float32.
         width, block_chunks, text_channels, text_length: see `InfinityConfig`.
         rope_base, rope_mode: see `rope_table`.
-        tokenizer: fields of `TokenizerConfig`, and `patch`, see `Codes`.
+        tokenizer: its shape and packing.
         t5_dtype: precision of the text encoder, see `T5Encoder`.
         positive_prompt: prompts that speak of persons ask for good faces, see `positive_text`.
         ema: take the averaged weights of a training checkpoint.
@@ -159,7 +165,8 @@ def load_official(
         SetupError: a file, a shard or a package is missing.
         ArtifactError: a file is damaged, or belongs to another model; or tokenizer and transformer do not fit.
     """
-    shape, codes = shape_of(tokenizer)
+    check_width(geometry, width)
+    shape, codes = tokenizer.shape, tokenizer.codes
     config = InfinityConfig(
         geometry.num_layers,
         width,
@@ -170,11 +177,6 @@ def load_official(
         text_length,
         level_embed_once=not level_embed_per_chunk,
     )
-    if config.head_dim != geometry.head_dim:
-        raise ConfigError(
-            f"{geometry.model}: width {width} over {geometry.num_heads} heads is not head_dim {geometry.head_dim}",
-            "check conf/model",
-        )
     base = (rope_base[0], rope_base[1])
     if not files:
         return random_model(geometry, config, shape, getattr(torch, dtype), device, base, rope_mode)

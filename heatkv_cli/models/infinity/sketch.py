@@ -8,11 +8,11 @@ import torch
 
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.models.base import Sketch
-from heatkv_cli.models.infinity.load import shape_of
+from heatkv_cli.models.infinity.load import check_width
 from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.infinity.random_weights import TEXT_TOKENS
 from heatkv_cli.models.infinity.text_t5 import Precision
-from heatkv_cli.models.infinity.tokenizer import Tokenizer
+from heatkv_cli.models.infinity.tokenizer import Tokenizer, TokenizerParams
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig, Text
 
 
@@ -24,7 +24,7 @@ def sketch(
     text_channels: int,
     rope_base: tuple[int, int],
     rope_mode: int,
-    tokenizer: dict[str, Any],
+    tokenizer: TokenizerParams,
     text_length: int = TEXT_TOKENS,
     t5_dtype: Precision | None = None,
     **_: Any,
@@ -33,7 +33,8 @@ def sketch(
 
     The bundled model's word encoder (a megabyte) is left out: its vocabulary stands in its file alone.
     """
-    shape, codes = shape_of(tokenizer)
+    check_width(geometry, width)
+    shape, codes = tokenizer.shape, tokenizer.codes
     config = InfinityConfig(
         geometry.num_layers, width, geometry.num_heads, block_chunks, codes, text_channels, text_length
     )

@@ -65,7 +65,13 @@ class WordEncoder(nn.Module):
         return [self.ids[word] for word in words] or [1]
 
     def prepare(self, prompts: Sequence[str], root: Path) -> None:
-        """Nothing: it is small enough to run whenever it is asked."""
+        """Check that it knows the words of all prompts; it is small enough to run whenever it is asked.
+
+        Raises:
+            ConfigError: as `ids_of`.
+        """
+        for prompt in prompts:
+            self.ids_of(prompt)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:

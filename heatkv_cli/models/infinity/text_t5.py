@@ -21,9 +21,29 @@ Precision = Literal["float16", "bfloat16", "float32"]
 INSTALL = "pip install 'heatkv[t5]'"
 
 PERSONS = (
-    "man", "woman", "men", "women", "boy", "girl", "child", "person", "human", "adult", "teenager", "employee",
-    "employer", "worker", "mother", "father", "sister", "brother", "grandmother", "grandfather", "son", "daughter",
-)  # fmt: skip
+    "man",
+    "woman",
+    "men",
+    "women",
+    "boy",
+    "girl",
+    "child",
+    "person",
+    "human",
+    "adult",
+    "teenager",
+    "employee",
+    "employer",
+    "worker",
+    "mother",
+    "father",
+    "sister",
+    "brother",
+    "grandmother",
+    "grandfather",
+    "son",
+    "daughter",
+)
 FACES = ". very smooth faces, good looking faces, face to the camera, perfect facial features"
 
 

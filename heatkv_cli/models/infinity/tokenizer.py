@@ -8,13 +8,14 @@ sphere, and the sum of the upsampled codes of all scales goes straight into the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heatkv_cli.core.timeline import staged
+from heatkv_cli.errors import ConfigError
 
 Size = tuple[int, int]
 
@@ -38,6 +39,25 @@ class TokenizerConfig:
     norm_groups: int = 32
     stem: int = 1
 
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: a number that no tokenizer can have.
+        """
+        wrong = {
+            "bits": not 1 <= self.bits <= 256,
+            "base_channels": not 1 <= self.base_channels <= 8192,
+            "multipliers": not 1 <= len(self.multipliers) <= 8 or not all(1 <= m <= 64 for m in self.multipliers),
+            "norm_groups": self.norm_groups < 1,
+            "stem": not 1 <= self.stem <= 64,
+        }
+        for name, bad in wrong.items():
+            if bad:
+                raise ConfigError(
+                    f"Infinity's tokenizer: {name} is {getattr(self, name)}", f"change model.params.tokenizer.{name}"
+                )
+
     @property
     def stride(self) -> int:
         """Pixels per latent position."""
@@ -46,6 +66,34 @@ class TokenizerConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         return tuple(self.base_channels * m for m in self.multipliers)
+
+
+@dataclass(frozen=True)
+class TokenizerParams(TokenizerConfig):
+    """The tokenizer's section of a model's YAML: its shape, and how positions are packed into tokens."""
+
+    patch: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: as `TokenizerConfig`, or another packing than 1 x 1 or 2 x 2.
+        """
+        super().__post_init__()
+        if self.patch not in (1, 2):
+            raise ConfigError(f"Infinity's tokenizer: patch is {self.patch}", "model.params.tokenizer.patch=1, or 2")
+
+    @property
+    def shape(self) -> TokenizerConfig:
+        """The tokenizer's own shape."""
+        own = {field.name: getattr(self, field.name) for field in fields(TokenizerConfig)}
+        return TokenizerConfig(**own)
+
+    @property
+    def codes(self) -> Codes:
+        """Bits and packing."""
+        return Codes(self.bits, self.patch)
 
 
 @dataclass(frozen=True)

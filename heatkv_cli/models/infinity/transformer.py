@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -152,10 +151,6 @@ class SelfAttention(nn.Module):
         """Attention output (R, H, N, D) -> (R, N, C)."""
         return linear(y.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
 
-    def raw_query(self, x: Tensor) -> Tensor:
-        """x (R, N, C) -> (R, H, N, D): the projection alone."""
-        return linear(x, self.mat_qkv.weight.chunk(3)[0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
 
 class CrossAttention(nn.Module):
     zero_k_bias: Tensor
@@ -211,10 +206,6 @@ class Block(nn.Module):
     def before(self, x: Tensor, ada: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Everything up to attention: residual (R, N, C) -> q, k, v (R, H, N, D)."""
         return self.sa.project(self._modulated(x, ada), rope)
-
-    def raw_query(self, x: Tensor, ada: Tensor) -> Tensor:
-        """The query of `before` without bias, normalisation, temperature and rotation."""
-        return self.sa.raw_query(self._modulated(x, ada))
 
     def _modulated(self, x: Tensor, ada: Tensor) -> Tensor:
         _, _, scale, _, shift, _ = (self.ada_gss.float() + ada).unbind(2)
@@ -372,7 +363,7 @@ class Infinity(nn.Module):
                 x = (x + offset).to(x.dtype)
             for block in chunk.module:  # type: ignore[union-attr]
                 q, k, v = block.before(x, cond.ada, rope)
-                y = cache.attend(index, q, k, v, 1.0, partial(block.raw_query, x, cond.ada))
+                y = cache.attend(index, q, k, v, 1.0)
                 x = block.after(x, y, cond.ada, cond.cross[index], cond.mask)
                 if guide and index in guide:
                     yes, no = x.chunk(2)

@@ -1,0 +1,1 @@
+"""CLIP networks through open_clip, their input, and the CLIP score."""

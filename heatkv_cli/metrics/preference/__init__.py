@@ -1,0 +1,1 @@
+"""Models of human preference for a picture and its prompt: HPSv2 and ImageReward."""

@@ -1,0 +1,146 @@
+"""Which code made a result: a digest of what Python code means, without its comments, docstrings and layout.
+
+A run's hash holds the digest of the code that can change an image, so that an edited method never meets the images of
+the one before. Files are parsed, not imported: a digest costs no torch and runs nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from heatkv_cli.errors import ConfigError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def code_sha256(files: Iterable[Path]) -> str:
+    """Return one digest for some Python files.
+
+    Args:
+        files: in any order; names below the package count, elsewhere the file's own name.
+
+    Raises:
+        ConfigError: a file cannot be read or parsed.
+    """
+    lines = sorted(f"{_name(path)} {_meaning(path, path.stat().st_mtime_ns)}" for path in set(files))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def run_code_sha256(method: str, model: str) -> str:
+    """Return the digest of the code that can change an image: engine, toolkit, method with what it imports, family.
+
+    Args:
+        method, model: dotted paths of the method's class and of what makes the model.
+    """
+    toolkit = {PACKAGE / "methods" / "base.py", *folder_files("methods/toolkit")}
+    return code_sha256(folder_files("core") | toolkit | module_files(method) | module_files(model))
+
+
+def module_files(target: str) -> set[Path]:
+    """Return the files of the module that a dotted path names, and the modules beside it that it imports.
+
+    Modules are "beside" in their own folder; inside heatkv a module in a folder of its own (a model family, a method
+    in parts) stands for the whole folder.
+
+    Args:
+        target: dotted path of a class or function, or the path of a Python file.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    path = Path(target) if target.endswith(".py") else _find(target)
+    if path.is_relative_to(PACKAGE):
+        folder = path.parent
+        return {path} if folder.parent == PACKAGE else set(folder.rglob("*.py"))
+    found, todo = set[Path](), [path]
+    while todo:
+        module = todo.pop()
+        if module not in found:
+            found.add(module)
+            todo += list(_imported_beside(module))
+    return found
+
+
+def folder_files(name: str) -> set[Path]:
+    """Return the files of one of the package's folders (`core`)."""
+    return set((PACKAGE / name).rglob("*.py"))
+
+
+def _find(target: str) -> Path:
+    module = target.rpartition(".")[0]
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"there is no module {module}", f"check '{target}'")
+    return Path(spec.origin)
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
+
+
+@lru_cache(maxsize=512)
+def _meaning(path: Path, changed: int) -> str:
+    """Digest of one parsed file; `changed`: its time of change, so that a file edited meanwhile is read again."""
+    digest = hashlib.sha256()
+    for word in _words(_parse(path)):
+        digest.update(word.encode("utf-8", "surrogatepass"))
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"cannot read the code of {path}: {error}", "correct the file") from error
+
+
+def _words(node: ast.AST) -> Iterator[str]:
+    """The tree as words: node types and their values. Empty fields say nothing, so versions of Python agree."""
+    yield type(node).__name__
+    for name, value in ast.iter_fields(node):
+        if value is None or value == [] or name in ("type_comment", "kind", "type_ignores"):
+            continue
+        yield name
+        if name == "body" and isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            value = value[1:] if _is_docstring(value[0]) else value
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, ast.AST):
+                yield from _words(item)
+            else:
+                yield f"{type(item).__name__} {item!r}"
+    yield ")"
+
+
+def _is_docstring(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+def _imported_beside(path: Path) -> Iterator[Path]:
+    """Files in the module's own folder that it imports, by `import x`, `from x import y` or `from . import x`."""
+    for node in ast.walk(_parse(path)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            beside = path.parent.joinpath(*parts)
+            own = path.parent.parent.joinpath(*parts)  # the plug-in as a package: its own name comes first
+            for place in (beside, own) if parts[0] == path.parent.name else (beside,):
+                for file in (place.with_suffix(".py"), place / "__init__.py"):
+                    if file.is_file():
+                        yield file
