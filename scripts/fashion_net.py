@@ -123,9 +123,7 @@ class TrainingAttention:
         mask = torch.where(level[:, None] >= level[None], 0.0, -torch.inf).to(dtype)
         self.spans = [(0, len(level), mask), *((a, b, None) for a, b in pairwise(ends[MERGED_SCALES - 1 :]))]
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         """Attention of all tokens (B, H, L, D); queries are unit vectors times their temperature, the scale is 1."""
         if softmax_scale != 1:
             raise ValueError(f"softmax scale {softmax_scale}: only the variant with unit queries is trained")

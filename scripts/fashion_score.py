@@ -10,22 +10,25 @@ import math
 import torch
 from torch import Tensor
 
-from fashion_net import CLASSES, Classifier, tiny_var
+from fashion_net import CLASSES, Classifier
+from heatkv_cli.models.var.model import VarModel
 from heatkv_cli.models.var.sampling import VarSampling
-from heatkv_cli.models.var.tokenizer import Tokenizer
-from heatkv_cli.models.var.transformer import Var
 from tiny_net import FullAttention
 
 
-def sample(net: Var, tokenizer: Tokenizer, per_class: int, sampling: VarSampling) -> tuple[Tensor, Tensor]:
-    """Grey pictures uint8 (n, 1, 32, 32) and their classes, `per_class` of each in turn."""
-    model, classes = tiny_var(net, tokenizer), torch.arange(len(CLASSES)).repeat(per_class)
-    pictures = []
+def grey(pictures: Tensor) -> Tensor:
+    """RGB uint8 (n, 32, 32, 3) -> uint8 (n, 1, 32, 32), the mean of the channels."""
+    return pictures.float().mean(-1).round().byte()[:, None]
+
+
+def sample(model: VarModel, per_class: int, sampling: VarSampling) -> tuple[Tensor, Tensor]:
+    """Grey pictures uint8 (n, 1, 32, 32) and their classes: the first of every class, the second, and so on."""
+    classes, pictures = torch.arange(len(CLASSES)).repeat(per_class), []
     for start in range(0, len(classes), 50):
         part = classes[start : start + 50]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
         trace = model.generate(part, sampling, FullAttention(), generators)
-        pictures.append(model.decode(trace.latent).float().mean(-1).round().byte()[:, None])
+        pictures.append(grey(model.decode(trace.latent)))
     return torch.cat(pictures), classes
 
 

@@ -43,6 +43,7 @@ from fashion_net import (
     noisy_inputs,
     pixels,
     read_fashion,
+    tiny_var,
 )
 from fashion_score import judge, sample, score
 from heatkv_cli.models.var.load import save_bundle
@@ -323,7 +324,7 @@ def train_transformer(a: argparse.Namespace) -> None:
     def check() -> dict[str, float]:
         Block.before, Block.after = plain  # its many shapes would be compiled one by one
         row = held_out(average.net, tokenizer, *held)
-        pictures, classes = sample(average.net, tokenizer, a.per_class, SAMPLING)
+        pictures, classes = sample(tiny_var(average.net, tokenizer), a.per_class, SAMPLING)
         row |= score(judging, pictures, classes, statistics)
         Block.before, Block.after = fast
         return row

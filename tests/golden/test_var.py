@@ -12,6 +12,7 @@ from var_golden import ABSENT, HERE, RUNS, Recorder, Run, gap, tensor
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.policy import Visit
+from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.full import Full
 from heatkv_cli.models.var.sampling import filter_logits
 from heatkv_cli.models.var.tokenizer import Size
@@ -83,7 +84,7 @@ def test_a_run_through_the_cache_of_the_package(name: str) -> None:
         pytest.skip("its inputs are mixtures, which codes alone do not give")
     model = run.build()
     rows, seen = model.rows(len(run.classes), run.sampling), LastScale(len(run.codes) - 1)
-    policy = Full().policy(model.geometry, Budget.parse("1"), None, rows)
+    policy = Full().policy(Setting(model.geometry, Budget.parse("1"), rows))
     cache = KVCache(model.geometry, policy, rows, len(run.classes), observers=[seen])
     result = golden.generate(run, cache, forced=True, model=model)
     assert not golden.beyond(golden.errors(run, model, result))
@@ -100,9 +101,7 @@ def test_the_teacher_forced_pass() -> None:
     level = torch.cat([torch.full((h * w,), s) for s, (h, w) in enumerate(net.config.sizes)])
 
     class Masked:
-        def attend(
-            self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-        ) -> Tensor:
+        def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, level[:, None] >= level, scale=softmax_scale)
 
     cond, places = net.condition(torch.tensor(RUNS["A_greedy"]["label_B"])), net.positions()

@@ -33,9 +33,12 @@ TRANSFORMERS = {
     "var_d36": VarConfig(36, 64 * 36, 36, LARGE, shared=True),
 }
 PARAMETERS = {
-    "var_d16": 310_283_520, "var_d20": 600_917_136, "var_d24": 1_033_399_360, "var_d30": 2_010_020_356,
+    "var_d16": 310_283_520,
+    "var_d20": 600_917_136,
+    "var_d24": 1_033_399_360,
+    "var_d30": 2_010_020_356,
     "var_d36": 2_353_893_904,
-}  # fmt: skip
+}
 
 
 def shapes(net: nn.Module) -> dict[str, list[int]]:

@@ -132,10 +132,24 @@ def columns_first(patch: Patch) -> None:
 
 
 MISTAKES = [
-    no_clamp, usual_softmax_scale, gates_last, exact_gelu, larger_eps, values_before_keys, start_without_its_position,
-    head_swaps_scale_and_shift, guidance_of_weight_t, guidance_without_ramp, ramp_over_one_scale_more, bilinear_codes,
-    bilinear_inputs, next_phi, no_phi_at_the_last_scale, phi_is_the_convolution, columns_first,
-]  # fmt: skip
+    no_clamp,
+    usual_softmax_scale,
+    gates_last,
+    exact_gelu,
+    larger_eps,
+    values_before_keys,
+    start_without_its_position,
+    head_swaps_scale_and_shift,
+    guidance_of_weight_t,
+    guidance_without_ramp,
+    ramp_over_one_scale_more,
+    bilinear_codes,
+    bilinear_inputs,
+    next_phi,
+    no_phi_at_the_last_scale,
+    phi_is_the_convolution,
+    columns_first,
+]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

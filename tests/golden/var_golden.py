@@ -107,9 +107,17 @@ def transformer(variant: str = "") -> Var:
     v = META["var"] | META["variants"].get(variant, {})
     sizes = tuple((p, p) for p in v["patch_nums"])
     config = VarConfig(
-        v["depth"], v["embed_dim"], v["num_heads"], sizes, v["num_classes"], META["vqvae"]["vocab_size"],
-        META["vqvae"]["z_channels"], v["mlp_ratio"], v["attn_l2_norm"], v["shared_aln"],
-    )  # fmt: skip
+        v["depth"],
+        v["embed_dim"],
+        v["num_heads"],
+        sizes,
+        v["num_classes"],
+        META["vqvae"]["vocab_size"],
+        META["vqvae"]["z_channels"],
+        v["mlp_ratio"],
+        v["attn_l2_norm"],
+        v["shared_aln"],
+    )
     net = Var(config)
     fill(net, "var", variant)
     if config.l2_norm:  # one head above the clamp
@@ -129,9 +137,7 @@ class Recorder:
         self.v: dict[int, Tensor] = {}
         self.ended = 0
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
         if layer in self.k:
             k, v = torch.cat((self.k[layer], k), 2), torch.cat((self.v[layer], v), 2)
         self.k[layer], self.v[layer] = k, v

@@ -257,8 +257,8 @@ def check_export(out: Path, data: Path, average: dict[str, Tensor]) -> None:
         patch.setattr(sys, "argv", [str(o) for o in options])
         check_tiny_var.main()
     gates = {row["pictures"]: row for row in rows_of(out / "gates.csv")}
-    assert float(gates["real"]["frechet"]) < float(gates["noise"]["frechet"])
-    assert (out / "sheet.png").is_file()
+    assert float(gates["real (training set)"]["frechet"]) < float(gates["noise"]["frechet"])
+    assert (out / "contact-sheet.png").is_file()
 
 
 def test_sizes_fit_together() -> None:

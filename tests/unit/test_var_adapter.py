@@ -12,15 +12,16 @@ from heatkv_cli.errors import ConfigError
 from heatkv_cli.models.base import Sampling
 from heatkv_cli.models.var.adapter import VarImageModel, load_model, sketch
 from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.models.var.tokenizer import TokenizerConfig
 from tiny_net import FullAttention
 
 GEOMETRY = Geometry("var-test", 2, 2, 8, ScaleSchedule.squares((1, 2, 3)), 1)
-PIXELS = {"vocabulary": 16, "channels": 4, "base_channels": 8, "multipliers": [1, 2], "blocks": 1, "norm_groups": 4}
+PIXELS = TokenizerConfig(16, 4, 8, (1, 2), 1, 4)
 SETTINGS: dict[str, Any] = {"width": 16, "classes": 3, "tokenizer": PIXELS}
-NAMES = ["hat", "shoe", "ankle boot"]
+NAMES = ("hat", "shoe", "ankle boot")
 
 
-def model(names: list[str] | None = NAMES) -> VarImageModel:
+def model(names: tuple[str, ...] | None = NAMES) -> VarImageModel:
     return load_model(GEOMETRY, {}, "cpu", names=names, **SETTINGS)
 
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from heatkv_cli.calibration.calibration import Calibration
+from heatkv_cli.calibration.statistics import AttentionStatistics, concatenate
 from heatkv_cli.config import choices, compose
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.calibration import Calibration
-from heatkv_cli.core.policy import Method, Policy
+from heatkv_cli.core.policy import Policy
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.core.statistics import AttentionStatistics, concatenate
+from heatkv_cli.methods.base import Method, Setting
 from heatkv_cli.models.var.model import VarModel, VarTrace
 from heatkv_cli.models.var.sampling import VarSampling
 from heatkv_cli.models.var.tokenizer import Tokenizer, TokenizerConfig
 from heatkv_cli.models.var.transformer import Var, VarConfig
-from heatkv_cli.pipeline.setup import method_of
 from tiny_net import FullAttention
 
 SIZES = tuple((p, p) for p in (1, 2, 3, 4, 5, 6))
@@ -68,16 +68,13 @@ def calibration() -> Calibration:
 
 def kv_cache(method: Method, text: str, rows: int) -> KVCache:
     budget, found = Budget.parse(text), calibration() if method.calibrated else None
-    schedule = None
-    if method.scheduled:
-        schedule = method.build_schedule(GEOMETRY, budget, found.orders() if found else None)
-        found = None
-    policy = method.policy(GEOMETRY, budget, schedule, rows, found)
+    policy = method.policy(Setting(GEOMETRY, budget, rows, calibration=found))
     return KVCache(GEOMETRY, policy, rows, len(CLASSES), budget=budget)
 
 
 def method(name: str) -> Method:
-    return method_of(compose([f"method={name}"]).first.method)
+    made: Method = compose([f"method={name}"]).first.method.object
+    return made
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -99,9 +96,7 @@ def test_scale_by_scale_is_the_whole_sequence_under_a_mask(variant: str) -> None
     level = torch.cat([torch.full((h * w,), s) for s, (h, w) in enumerate(SIZES)])
 
     class Masked:
-        def attend(
-            self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-        ) -> Tensor:
+        def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
             logits = q @ k.transpose(-1, -2) * softmax_scale
             return logits.masked_fill(level[:, None] < level, -torch.inf).softmax(-1) @ v
 
@@ -131,9 +126,7 @@ def test_one_softmax_scale_a_model() -> None:
     seen = set()
 
     class Noting(FullAttention):
-        def attend(
-            self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, raw_query: object = None
-        ) -> Tensor:
+        def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
             seen.add((layer, softmax_scale))
             return super().attend(layer, q, k, v, softmax_scale)
 

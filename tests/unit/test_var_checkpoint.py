@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 from heatkv_cli.models.var.load import load, networks, save_bundle
 from heatkv_cli.models.var.model import VarModel
 from heatkv_cli.models.var.sampling import VarSampling
-from heatkv_cli.models.var.tokenizer import Tokenizer
-from heatkv_cli.models.var.transformer import Var
+from heatkv_cli.models.var.tokenizer import Tokenizer, TokenizerConfig
+from heatkv_cli.models.var.transformer import Var, VarConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 
@@ -25,7 +26,7 @@ from var_golden import Recorder
 
 SIZES = ((1, 1), (2, 2), (3, 3))
 TOKENS = 14
-PIXELS = {"vocabulary": 16, "channels": 4, "base_channels": 8, "multipliers": [1, 2], "blocks": 1, "norm_groups": 4}
+PIXELS = TokenizerConfig(16, 4, 8, (1, 2), 1, 4)
 SETTINGS: dict[str, Any] = {"device": "cpu", "width": 16, "classes": 3, "tokenizer": PIXELS}
 
 Tensors = dict[str, Tensor]
@@ -37,7 +38,7 @@ def geometry(depth: int = 2, sizes: tuple[tuple[int, int], ...] = SIZES) -> Geom
 
 def make(shared: bool = False, l2_norm: bool = True, depth: int = 2, **pixels: Any) -> tuple[Var, Tokenizer]:
     torch.manual_seed(depth)
-    nets = networks(geometry(depth), 16, 3, shared, l2_norm, PIXELS | pixels)
+    nets = networks(geometry(depth), 16, 3, shared, l2_norm, replace(PIXELS, **pixels))
     for net in nets:
         net.to_empty(device="cpu")
         for name, t in net.state_dict().items():
@@ -176,7 +177,7 @@ def test_a_tokenizer_of_another_shape(tmp_path: Path) -> None:
     files = write(tmp_path, official(make()[0]), official_pixels(pixels))
     broken(tmp_path, ArtifactError, "holds a VAR tokenizer of codes 32.*needs a VAR tokenizer of codes 16", files)
     files = write(tmp_path, official(make()[0]), official_pixels(make()[1]))
-    broken(tmp_path, ArtifactError, "needs a VAR transformer", files, tokenizer=PIXELS | {"vocabulary": 32})
+    broken(tmp_path, ArtifactError, "needs a VAR transformer", files, tokenizer=replace(PIXELS, vocabulary=32))
     assert net.config.vocabulary == 32
 
 
@@ -227,9 +228,12 @@ def test_damage(tmp_path: Path, role: str, change: str) -> None:
     if change == "absent":
         files[role].unlink()
     pattern = {
-        "missing": f"1 missing .{name}", "unexpected": "1 unexpected .extra.weight", "nan": f"{name} holds NaN",
-        "cut": "cut short", "absent": "is missing",
-    }[change]  # fmt: skip
+        "missing": f"1 missing .{name}",
+        "unexpected": "1 unexpected .extra.weight",
+        "nan": f"{name} holds NaN",
+        "cut": "cut short",
+        "absent": "is missing",
+    }[change]
     broken(tmp_path, SetupError if change == "absent" else ArtifactError, pattern, files)
 
 
@@ -244,4 +248,29 @@ def test_numbers_that_do_not_fit() -> None:
     with pytest.raises(ConfigError, match="width 20 over 2 heads is not head_dim 8"):
         load(geometry(), {}, **(SETTINGS | {"width": 20}))
     with pytest.raises(ConfigError, match="heads must divide the width"):
-        load(geometry(), {}, **(SETTINGS | {"width": 17}))
+        VarConfig(2, 17, 2, SIZES)
+    with pytest.raises(ConfigError, match="1 scales and 1000 classes"):
+        VarConfig(2, 16, 2, SIZES[:1])
+    with pytest.raises(ConfigError, match="0 classes"):
+        load(geometry(), {}, **(SETTINGS | {"classes": 0}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocabulary", 0),
+        ("channels", 0),
+        ("base_channels", -8),
+        ("multipliers", ()),
+        ("multipliers", (1, 0)),
+        ("blocks", 0),
+        ("norm_groups", 0),
+        ("norm_groups", 3),
+        ("phi", 0),
+        ("stem", 0),
+    ],
+)
+def test_numbers_that_no_tokenizer_has(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"tokenizer: {field} is") as caught:
+        replace(PIXELS, **{field: value})
+    assert field in caught.value.hint

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heatkv_cli.errors import ConfigError
-from heatkv_cli.models.var.model import divergence
-from heatkv_cli.models.var.sampling import VarSampling, draw, filter_logits, guide, smooth
+from heatkv_cli.models.var.sampling import VarSampling, draw, filter_logits, guide, smooth, token_kl
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 
@@ -77,14 +76,15 @@ def test_smooth_codes_are_mixtures_of_what_is_left() -> None:
     assert torch.equal(one[0].argmax(-1), logits[0].argmax(-1)) and torch.allclose(one.max(-1).values, torch.ones(1, 6))
 
 
-def test_divergence_is_that_of_categories() -> None:
+def test_the_divergence_is_that_of_categories() -> None:
+    """A mean over tokens, not over scales; the first scale does not count; a constant changes no distribution."""
     torch.manual_seed(0)
-    full, other = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    found = divergence(full, other + 7)  # a constant changes no distribution
-    for b in range(2):
-        for n in range(3):
-            p, q = (x[b, n].softmax(-1).tolist() for x in (full, other))
-            assert found[b, n].item() == pytest.approx(
-                sum(a * math.log(a / c) for a, c in zip(p, q, strict=True)), abs=1e-6
-            )
-    assert divergence(full, full).abs().max() == 0
+    full, other = ([torch.randn(1, tokens, 5) for tokens in (1, 4, 9)] for _ in range(2))
+    found = token_kl(full, [logits + 7 for logits in other])
+    each = []
+    for a, b in zip(full[1:], other[1:], strict=True):
+        pairs = [(x.softmax(-1).tolist(), y.softmax(-1).tolist()) for x, y in zip(a[0], b[0], strict=True)]
+        each.append([sum(p * math.log(p / q) for p, q in zip(*pair, strict=True)) for pair in pairs])
+    wanted = {"kl": sum(map(sum, each)) / 13, "kl_s1": sum(each[0]) / 4, "kl_s2": sum(each[1]) / 9}
+    assert found == pytest.approx(wanted, abs=1e-6)
+    assert token_kl(full, full) == {"kl": 0, "kl_s1": 0, "kl_s2": 0}

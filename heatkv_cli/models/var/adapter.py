@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +16,10 @@ from torch import Tensor
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.errors import ConfigError, did_you_mean
 from heatkv_cli.models import base
-from heatkv_cli.models.var.load import load, networks
+from heatkv_cli.models.var.load import Dtype, load, networks
 from heatkv_cli.models.var.model import VarModel
 from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.models.var.tokenizer import TokenizerConfig
 
 TOLERANCE = 1e-6  # of decimals in a YAML
 
@@ -32,9 +32,8 @@ class VarImageModel:
         names: of the classes; None: a prompt is the index of its class.
     """
 
-    def __init__(self, model: VarModel, names: Sequence[str] | None = None):
-        self.model, self.geometry = model, model.geometry
-        self.names = None if names is None else list(names)
+    def __init__(self, model: VarModel, names: tuple[str, ...] | None = None):
+        self.model, self.geometry, self.names = model, model.geometry, names
 
     def prepare(self, prompts: Sequence[str], root: Path) -> None:
         """Nothing: a class costs nothing."""
@@ -110,25 +109,28 @@ def load_model(
     files: Mapping[str, Path],
     device: str,
     width: int,
-    tokenizer: dict[str, Any],
-    names: Sequence[str] | None = None,
-    **more: Any,
+    tokenizer: TokenizerConfig,
+    classes: int = 1000,
+    shared: bool = False,
+    l2_norm: bool = True,
+    dtype: Dtype = "float32",
+    names: tuple[str, ...] | None = None,
 ) -> VarImageModel:
     """What `_target_` names; arguments as in `load`, and `names` of the classes."""
-    return VarImageModel(load(geometry, files, device, width, tokenizer, **more), names)
+    return VarImageModel(load(geometry, files, device, width, tokenizer, classes, shared, l2_norm, dtype), names)
 
 
 def sketch(
     geometry: Geometry,
     width: int,
-    tokenizer: dict[str, Any],
+    tokenizer: TokenizerConfig,
     classes: int = 1000,
     shared: bool = False,
     l2_norm: bool = True,
-    dtype: str = "float32",
-    names: Sequence[str] | None = None,
+    dtype: Dtype = "float32",
+    names: tuple[str, ...] | None = None,
 ) -> base.Sketch:
-    """The model without weights, for byte plans."""
+    """The model without weights, for byte plans; what `sketch` names."""
     net, pixels = networks(geometry, width, classes, shared, l2_norm, tokenizer)
     net.blocks.to(getattr(torch, dtype))  # as `load_transformer` fills them
     for part in (net, pixels):

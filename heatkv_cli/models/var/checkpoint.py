@@ -23,6 +23,16 @@ from heatkv_cli.models.var.transformer import Var
 TRANSFORMERS = {16: "var-d16", 20: "var-d20", 24: "var-d24", 30: "var-d30", 36: "var-d36-s"}
 """Depth -> name of the released model, whose width is 64 a layer."""
 
+TOLD_BY = {
+    "width": ("class_emb.weight", 1),
+    "heads": ("blocks.0.attn.scale_mul_1H11", 1),
+    "scales": ("lvl_embed.weight", 0),
+    "tokens": ("pos_1LC", 1),
+    "codes": ("head.weight", 0),
+    "channels": ("word_embed.weight", 1),
+}
+"""Which tensor and which of its dimensions tell a number of a transformer."""
+
 # Where the state dict of a pickle may be: alone, or among what a training run saves.
 TRANSFORMER_PLACES = ((), ("trainer", "var_wo_ddp"))
 TOKENIZER_PLACES = ((), ("trainer", "vae_local"))
@@ -36,15 +46,11 @@ def identify(shapes: Mapping[str, Shape]) -> Identity | None:
     blocks = {m.group() for name in shapes if (m := re.match(r"blocks\.\d+\.", name))}
     if blocks and "class_emb.weight" in shapes:
         numbers = {"depth": len(blocks)}
-        for what, name, dim in (
-            ("width", "class_emb.weight", 1), ("heads", "blocks.0.attn.scale_mul_1H11", 1),
-            ("scales", "lvl_embed.weight", 0), ("tokens", "pos_1LC", 1), ("codes", "head.weight", 0),
-            ("channels", "word_embed.weight", 1),
-        ):  # fmt: skip
+        for what, (name, dim) in TOLD_BY.items():
             if len(shapes.get(name, ())) > dim:
                 numbers[what] = shapes[name][dim]
         if len(shapes["class_emb.weight"]) == 2:
-            numbers["classes"] = shapes["class_emb.weight"][0] - 1
+            numbers["classes"] = shapes["class_emb.weight"][0] - 1  # the last row is the null class
         released = numbers.get("width") == 64 * len(blocks)
         return Identity("VAR transformer", numbers, TRANSFORMERS.get(len(blocks), "") if released else "")
     if len(shapes.get("quantize.embedding.weight", ())) == 2:

@@ -1,18 +1,19 @@
-"""From files to a model: what `_target_` and `sketch` in conf/model name."""
+"""From files to a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from heatkv_cli.core.scales import Geometry
-from heatkv_cli.errors import ArtifactError, ConfigError
+from heatkv_cli.errors import ArtifactError
 from heatkv_cli.models.infinity.containers import Entry, open_checkpoint
+from heatkv_cli.models.infinity.load import check_width
 from heatkv_cli.models.infinity.random_weights import random_entries
 from heatkv_cli.models.var.checkpoint import (
     TOKENIZER_PLACES,
@@ -32,37 +33,32 @@ _NOWHERE = Path("random weights")
 
 
 def networks(
-    geometry: Geometry, width: int, classes: int, shared: bool, l2_norm: bool, tokenizer: Mapping[str, Any]
+    geometry: Geometry, width: int, classes: int, shared: bool, l2_norm: bool, tokenizer: TokenizerConfig
 ) -> tuple[Var, Tokenizer]:
     """Both networks of a model's YAML on the meta device.
 
     Args:
         geometry: layers, heads, head dim and scales.
         width, classes, shared, l2_norm: see `VarConfig`.
-        tokenizer: fields of `TokenizerConfig`.
+        tokenizer: its shape.
 
     Raises:
         ConfigError: the numbers do not fit together.
     """
-    shape = TokenizerConfig(**{**tokenizer, "multipliers": tuple(tokenizer["multipliers"])})
+    check_width(geometry, width)
     config = VarConfig(
         geometry.num_layers,
         width,
         geometry.num_heads,
         geometry.schedule.sizes,
         classes,
-        shape.vocabulary,
-        shape.channels,
+        tokenizer.vocabulary,
+        tokenizer.channels,
         l2_norm=l2_norm,
         shared=shared,
     )
-    if config.head_dim != geometry.head_dim:
-        raise ConfigError(
-            f"{geometry.model}: width {width} over {geometry.num_heads} heads is not head_dim {geometry.head_dim}",
-            "check conf/model",
-        )
     with torch.device("meta"):
-        return Var(config), Tokenizer(shape)
+        return Var(config), Tokenizer(tokenizer)
 
 
 def load(
@@ -70,7 +66,7 @@ def load(
     files: Mapping[str, Path],
     device: str,
     width: int,
-    tokenizer: dict[str, Any],
+    tokenizer: TokenizerConfig,
     classes: int = 1000,
     shared: bool = False,
     l2_norm: bool = True,

@@ -120,12 +120,3 @@ class VarModel:
         # some at a time: at 512 x 512 the decoder holds a gigabyte an image
         at_once = max(1, 256 * 256 // (latent.shape[-2] * latent.shape[-1] * self.tokenizer.config.stride**2))
         return torch.cat([self.tokenizer.decode_uint8(part) for part in latent.split(at_once)])
-
-
-def divergence(full: Tensor, other: Tensor) -> Tensor:
-    """KL(full || other) in nats of every token; logits (B, N, V) -> float32 (B, N).
-
-    Both are full distributions, before top-k and top-p: after them the divergence would be infinite.
-    """
-    p, q = full.float().log_softmax(-1), other.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)

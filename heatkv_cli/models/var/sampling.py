@@ -1,4 +1,4 @@
-"""From logits over the codebook to indices, and to the smoothed codes of a picture that is to look good.
+"""How VAR draws its codes, and how far the distributions of two runs are apart.
 
 Source: FoundationVision/VAR, `sample_with_top_k_top_p_` and `gumbel_softmax_with_rng` (`models/helpers.py`), and their
 use in `autoregressive_infer_cfg`.
@@ -115,3 +115,23 @@ def smooth(logits: Tensor, codebook: Tensor, scale: int, scales: int, generators
     temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
     gumbel = -_exponential(logits.shape[1:], generators, logits.device).log()
     return ((logits * (1 + ratio) + gumbel) / temperature).softmax(-1) @ codebook
+
+
+def token_kl(full: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, float]:
+    """KL(full || other) per token in nats, from logits of one image; scale 0 sees no history and is left out.
+
+    Args:
+        full, other: per scale (1, N, V), before top-k and top-p: after them the divergence would be infinite.
+
+    Returns:
+        `kl`, the mean over all tokens of scales 1..K-1, and `kl_s{t}` for each of them.
+    """
+    each, total, count = {}, 0.0, 0
+    for t, pair in enumerate(zip(full, other, strict=True)):
+        if t == 0:
+            continue
+        p, q = (logits.double().log_softmax(-1) for logits in pair)
+        kl = (p.exp() * (p - q)).sum(-1)
+        each[f"kl_s{t}"] = kl.mean().item()
+        total, count = total + kl.sum().item(), count + kl.numel()
+    return {"kl": total / count, **each}

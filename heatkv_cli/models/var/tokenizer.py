@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heatkv_cli.core.timeline import staged
+from heatkv_cli.errors import ConfigError
 
 Size = tuple[int, int]
 
@@ -32,7 +33,7 @@ class TokenizerConfig:
         base_channels: width of the first level.
         multipliers: width of each level as a multiple of `base_channels`; every level but one halves the side.
         blocks: residual blocks of a level in the encoder; the decoder has one more.
-        norm_groups: groups of every GroupNorm. Official: 32.
+        norm_groups: groups of every GroupNorm; they divide every width. Official: 32.
         phi: number of phi convolutions that the scales share.
         stem: side of the pixel patches the first convolution reads and the last one writes. Official: 1. The bundled
             model works on 2 x 2 patches, which makes it several times cheaper on a CPU.
@@ -46,6 +47,28 @@ class TokenizerConfig:
     norm_groups: int = 32
     phi: int = 4
     stem: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: a number that no tokenizer can have.
+        """
+        wrong = {
+            "vocabulary": not 1 <= self.vocabulary <= 2**20,
+            "channels": not 1 <= self.channels <= 4096,
+            "base_channels": not 1 <= self.base_channels <= 8192,
+            "multipliers": not 1 <= len(self.multipliers) <= 8 or not all(1 <= m <= 64 for m in self.multipliers),
+            "blocks": not 1 <= self.blocks <= 64,
+            "norm_groups": self.norm_groups < 1 or any(width % self.norm_groups for width in self.widths),
+            "phi": not 1 <= self.phi <= 64,
+            "stem": not 1 <= self.stem <= 64,
+        }
+        for name, bad in wrong.items():
+            if bad:
+                raise ConfigError(
+                    f"VAR's tokenizer: {name} is {getattr(self, name)}", f"change model.params.tokenizer.{name}"
+                )
 
     @property
     def stride(self) -> int:

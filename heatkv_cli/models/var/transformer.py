@@ -43,7 +43,7 @@ class VarConfig:
         shared: one modulation for all blocks plus a table per block (d36-s), else a projection per block.
 
     Raises:
-        ConfigError: no depth, no sizes, or a width that the heads do not divide.
+        ConfigError: no depth, fewer than two scales, no classes, or a width that the heads do not divide.
     """
 
     depth: int
@@ -63,8 +63,11 @@ class VarConfig:
                 f"VAR: depth {self.depth}, width {self.width}, heads {self.heads}: the heads must divide the width",
                 "change model.num_layers, model.num_heads or model.params.width",
             )
-        if not self.sizes or self.classes < 1:
-            raise ConfigError("VAR: no scales or no classes", "check model.resolutions and model.params.classes")
+        if len(self.sizes) < 2 or not 1 <= self.classes <= 2**20:
+            raise ConfigError(
+                f"VAR: {len(self.sizes)} scales and {self.classes} classes: at least two scales, 1 to 2^20 classes",
+                "check model.resolutions and model.params.classes",
+            )
 
     @property
     def head_dim(self) -> int:
