@@ -1,15 +1,15 @@
 """Train the bundled tiny-var on Fashion-MNIST: classifier, tokenizer, transformer, then export.
 
     apt-get install dataset-fashion-mnist                        # 70,000 pictures, MIT; see --data
-    python scripts/train_tiny_var.py classifier --seconds 700    # gate: accuracy on the test set >= 0.91
-    python scripts/train_tiny_var.py tokenizer --seconds 2100
-    python scripts/train_tiny_var.py transformer --seconds 7000  # gate: accuracy of samples >= 0.85
-    python scripts/train_tiny_var.py export                      # tiny-var and fashion.safetensors in heatkv_cli/assets
-    python scripts/check_tiny_var.py                             # the gates again, on what was exported
+    python scripts/train_tiny_var.py classifier     # gate: accuracy on the test set >= 0.91
+    python scripts/train_tiny_var.py tokenizer
+    python scripts/train_tiny_var.py transformer    # gate: accuracy of samples >= 0.85
+    python scripts/train_tiny_var.py export         # tiny-var.safetensors and fashion.safetensors in heatkv_cli/assets
+    python scripts/check_tiny_var.py                # the gates again, on what was exported
 
 Every stage can be killed and started again: it goes on from its last checkpoint under --out (default runs/tiny-var) and
-appends to <out>/<stage>.csv. One CPU core is enough; times are seconds of the
-processor.
+appends to <out>/<stage>.csv. One CPU core is enough; --seconds are seconds of the processor, all runs of a stage
+together. A larger number makes a finished stage go on, with the learning rate of the longer training.
 """
 
 from __future__ import annotations
@@ -384,7 +384,7 @@ def main() -> None:
     sub = parser.add_subparsers(dest="stage", required=True)
     p = sub.add_parser("classifier")
     p.set_defaults(run=train_classifier)
-    p.add_argument("--seconds", type=float, default=900)
+    p.add_argument("--seconds", type=float, default=720)
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--lr", type=float, default=3e-3)
     p = sub.add_parser("tokenizer")
@@ -395,9 +395,9 @@ def main() -> None:
     p.add_argument("--vq", type=float, default=0.25, help="weight of the quantiser's loss")
     p = sub.add_parser("transformer")
     p.set_defaults(run=train_transformer)
-    p.add_argument("--seconds", type=float, default=7000)
-    p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--lr", type=float, default=2e-3, help="of AdamW; Muon gets twice as much")
+    p.add_argument("--seconds", type=float, default=5000)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW; Muon gets twice as much")
     p.add_argument("--flip", type=float, default=0.1, help="largest share of mistakes in the inputs")
     p.add_argument("--coarse", type=float, default=1.0, help="a token of a map of side p weighs p to minus this")
     p.add_argument("--per-class", type=int, default=50)
