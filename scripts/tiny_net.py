@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.models.base import Sampling
 from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.infinity.rope import rope_table
+from heatkv_cli.models.infinity.sampling import Sampling
 from heatkv_cli.models.infinity.text import WordEncoder
 from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig, resize
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig, Text
@@ -190,5 +190,5 @@ class FullAttention:
         self.past[layer] = k, v
         return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
 
-    def end_scale(self) -> None:
+    def end_step(self) -> None:
         pass

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import heatkv_cli
+from heatkv_cli.benchmarks.base import items_of
 from heatkv_cli.metrics.base import Sample
 from heatkv_cli.metrics.objects.shapes import ShapesScore
 from heatkv_cli.models.infinity.load import save_bundle
@@ -225,7 +226,7 @@ def check_transformer(model: Tiny, tokenizer: Tokenizer, per_task: int) -> dict[
     for i in range(0, len(scenes), 30):
         part = scenes[i : i + 30]
         generators = [torch.Generator().manual_seed(i + j) for j in range(len(part))]
-        trace = net.generate(net.encode([s.caption for s in part]), SAMPLING, FullAttention(), generators)
+        trace = net.generate(net.encode(items_of(s.caption for s in part)), SAMPLING, FullAttention(), generators)
         images.append(net.decode(trace.latent).permute(0, 3, 1, 2).float() / 255)
     return score_scenes(torch.cat(images), scenes)
 

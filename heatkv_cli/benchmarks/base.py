@@ -12,7 +12,7 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ class PromptItem:
     id: str
     prompt: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def items_of(prompts: Iterable[str]) -> tuple[PromptItem, ...]:
+    """Return items for bare prompts, named by their places: 00000, 00001, ..."""
+    return tuple(PromptItem(f"{place:05}", prompt) for place, prompt in enumerate(prompts))
 
 
 @dataclass(frozen=True)

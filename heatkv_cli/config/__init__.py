@@ -16,7 +16,6 @@ from heatkv_cli.config.leaves import (
     MetricConfig,
     ModelConfig,
     RuntimeConfig,
-    Sampling,
     WeightFile,
     Weights,
 )
@@ -35,7 +34,6 @@ __all__ = [
     "Plan",
     "RunConfig",
     "RuntimeConfig",
-    "Sampling",
     "WeightFile",
     "Weights",
     "build",

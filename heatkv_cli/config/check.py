@@ -41,8 +41,6 @@ MOST = {
     "seed": 2**62,
     "limit": 10**9,
     "shard": 10**6,
-    "cfg": 1000.0,
-    "tau": 1000.0,
 }
 """The largest values that make sense; beyond them a number is a slip that would hang a machine or fill a disk."""
 
@@ -67,9 +65,8 @@ def typed_run(plain: dict[str, Any], errors: list[ConfigError]) -> RunConfig | N
     values["shard"] = _shard(values["shard"], errors)
     values["memory"] = _memory(values["memory"], errors)
     model = values["model"] and from_plain(ModelConfig, values["model"], "model", errors)
-    if model is not None:
-        _check_model(model, errors)
-        values["model"] = model
+    if model is not None and _check_model(model, errors):
+        values["model"] = model = dataclasses.replace(model, sampling=_sampling(model, errors))
     _set_budget(values, model, budgetless, errors)
     if model is None:
         return None
@@ -256,13 +253,14 @@ def budget_text(ratio: Fraction) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _check_model(model: ModelConfig, errors: list[ConfigError]) -> None:
+def _check_model(model: ModelConfig, errors: list[ConfigError]) -> bool:
+    """Append what is wrong with a model's numbers; return whether its scales make sense."""
     _check_model_params(model, errors)
     name = f"model={model.name}"
     if model.resolution not in model.resolutions:
         hint = did_you_mean(model.resolution, list(model.resolutions))
         errors.append(ConfigError(f"{name} has no resolution '{model.resolution}'", hint))
-        return
+        return False
     count = len(model.sizes)
     for key in ("num_layers", "num_heads", "head_dim"):
         if not 1 <= getattr(model, key) <= MOST[key]:
@@ -271,7 +269,7 @@ def _check_model(model: ModelConfig, errors: list[ConfigError]) -> None:
     if not 2 <= count <= MOST["scales"] or not all(1 <= side <= MOST["side"] for side in sides):
         hint = f"2 to {MOST['scales']} scales with sides of 1 to {MOST['side']}"
         errors.append(ConfigError(f"{name}: the scales of {model.resolution} are {show(model.sizes)}", hint))
-        return
+        return False
     if not 1 <= model.sink_scales < count:
         errors.append(
             ConfigError(f"model.sink_scales is {model.sink_scales}", f"{name} has {count} scales: 1 to {count - 1}")
@@ -279,37 +277,22 @@ def _check_model(model: ModelConfig, errors: list[ConfigError]) -> None:
     if any(not 0 <= scale < count for scale in model.layout_scales):
         hint = f"{name} has the scales 0 to {count - 1}"
         errors.append(ConfigError(f"model.layout_scales is {list(model.layout_scales)}", hint))
-    _check_sampling(model, errors)
+    return True
 
 
-def _check_sampling(model: ModelConfig, errors: list[ConfigError]) -> None:
-    """Values that would give NaN, or that would be passed over in silence."""
-    sampling, count, depth = model.sampling, len(model.sizes), model.num_layers
-    for key in ("cfg", "tau"):
-        value = getattr(sampling, key)
-        if isinstance(value, tuple) and len(value) != count:
-            hint = f"model={model.name} has {count} scales at {model.resolution}: one value, or {count}"
-            errors.append(ConfigError(f"model.sampling.{key} has {len(value)} values", hint))
-    numbers = sampling.per_scale(count)
-    wrong = {
-        "cfg": (
-            not all(abs(cfg) <= MOST["cfg"] for cfg in numbers["cfg"]),
-            f"guidance is a number up to {MOST['cfg']:g}; 1 is off",
-        ),
-        "tau": (
-            not all(1 / MOST["tau"] <= tau <= MOST["tau"] for tau in numbers["tau"]),
-            f"logits are divided by it: above 0 ({1 / MOST['tau']:g} to {MOST['tau']:g}); top_k=1 is greedy",
-        ),
-        "top_k": (not 0 <= sampling.top_k <= MOST["params"], "0 is off, 1 is greedy"),
-        "top_p": (not 0 <= sampling.top_p <= 1, "0 is off, else the share of probability that is kept, up to 1"),
-        "guide_layers": (
-            not sampling.guide_layers or not all(-depth <= layer <= 0 for layer in sampling.guide_layers),
-            f"0 guides the logits, -1 to -{depth} the output of that layer from the end; model.sampling.cfg=1 is off",
-        ),
-    }
-    for key, (bad, hint) in wrong.items():
-        if bad:
-            errors.append(ConfigError(f"model.sampling.{key} is {show(getattr(sampling, key))}", hint))
+def _sampling(model: ModelConfig, errors: list[ConfigError]) -> Any:
+    """Return the sampling of the model's family, spelled out for its scales; None where something is wrong with it."""
+    from heatkv_cli.models.base import Sampling
+
+    params = dict(model.sampling)
+    target = params.pop("_target_")
+    try:
+        return build(target, params, Sampling, where="model.sampling").spelled(len(model.sizes), model.num_layers)
+    except ConfigErrors as error:
+        errors += [one for one in error.errors if isinstance(one, ConfigError)]
+    except ConfigError as error:
+        errors.append(error)
+    return None
 
 
 def untrained(model: ModelConfig) -> ConfigError | None:

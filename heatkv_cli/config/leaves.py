@@ -11,35 +11,7 @@ from typing import Any, Literal
 
 from heatkv_cli.models.weights import WeightFile
 
-PerScale = float | tuple[float, ...]
-"""One number for all scales, or one per scale."""
-
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How bits are drawn; names as in the upstream flags.
-
-    Args:
-        cfg: guidance strength `w` in `w * cond + (1 - w) * uncond`; 1 is no guidance.
-        tau: temperature that divides the logits.
-        top_k: 0 is off, 1 is greedy; more removes nothing from a bit.
-        top_p: 0 is off; else the nucleus kept.
-        guide_layers: where guidance acts: 0 on the logits, -n on the output of the n-th layer from the end.
-    """
-
-    cfg: PerScale = 1.0
-    tau: PerScale = 1.0
-    top_k: int = 0
-    top_p: float = 0.0
-    guide_layers: tuple[int, ...] = (0,)
-
-    def per_scale(self, num_scales: int) -> dict[str, Any]:
-        """Return the fields with `cfg` and `tau` spelled out for every scale."""
-        lists = {"cfg": self.cfg, "tau": self.tau}
-        spelled = {key: item if isinstance(item, tuple) else (item,) * num_scales for key, item in lists.items()}
-        return {**asdict(self), **spelled}
 
 
 @dataclass(frozen=True)
@@ -71,7 +43,7 @@ class ModelConfig:
         trained_at: resolutions the checkpoint was trained for; empty where there is no other.
         force_resolution: make images at others as well.
         preset: name of the sampling defaults in use; their values are in `sampling` and `params`.
-        sampling: defaults of the draws.
+        sampling: how codes are drawn: the family's own dataclass, spelled out for every scale.
         dtype: of weights and of the KV state, hence of the bytes of a budget.
         default_benchmark: what `generate` and `eval` use when no benchmark is named.
         calibration_prompts: the benchmark whose prompts `calibrate` uses.
@@ -91,7 +63,7 @@ class ModelConfig:
     layout_scales: tuple[int, ...]
     resolutions: dict[str, tuple[tuple[int, int], ...]]
     resolution: str
-    sampling: Sampling
+    sampling: Any
     dtype: Literal["float32", "bfloat16", "float16"]
     default_benchmark: str
     calibration_prompts: str

@@ -153,7 +153,7 @@ class KVCache:
             if tuple(x.shape) != expected:
                 raise ValueError(f"layer {layer} at scale {self.scale}: got {tuple(x.shape)}, expected {expected}")
 
-    def end_scale(self) -> None:
+    def end_step(self) -> None:
         """All layers have processed the current scale."""
         self.scale += 1
 

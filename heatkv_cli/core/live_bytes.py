@@ -91,9 +91,9 @@ class Watched:
         self.cache.ledger.worked(k.nbytes + v.nbytes + held[0])
         return y
 
-    def end_scale(self) -> None:
+    def end_step(self) -> None:
         """As the cache's own."""
-        self.cache.end_scale()
+        self.cache.end_step()
 
     @contextmanager
     def _watching(self, device: torch.device) -> Iterator[list[int]]:

@@ -1,6 +1,6 @@
 """What a model is to the rest of the program: prompts in, images out, every self-attention through a cache.
 
-A model knows `cache.attend` and `cache.end_scale` and nothing of methods, budgets or metrics.
+A model knows `cache.attend` and `cache.end_step` and nothing of methods, budgets or metrics.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,45 +34,66 @@ class Attend(Protocol):
 class Cache(Attend, Protocol):
     """The seam, seen from the model."""
 
-    def end_scale(self) -> None:
+    def end_step(self) -> None:
         """All layers have processed the current scale."""
         ...
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Every knob that decides which bit is drawn.
+class Sampling(Protocol):
+    """How a family draws its codes: a frozen dataclass beside the model, whose fields are the keys of `model.sampling`.
 
-    Args:
-        cfg: guidance per scale; 1 is off. Guided logits are cfg * cond + (1 - cfg) * uncond.
-        tau: temperature per scale; logits are divided by it.
-        top_k: 1 is greedy; a bit has two values, so 0 and everything from 2 on changes nothing.
-        top_p: drop the rarer value of a bit whose probability is at most 1 - top_p; 0 is off.
-        guide_layers: where guidance acts, upstream's `cfg_insertion_layer`: 0 on the logits, -n on the output of the
-            n-th layer from the end.
+    A field may hold one value for all scales, or one per scale.
     """
-
-    cfg: tuple[float, ...]
-    tau: tuple[float, ...]
-    top_k: int = 0
-    top_p: float = 0.0
-    guide_layers: tuple[int, ...] = (0,)
 
     @property
     def guided(self) -> bool:
-        """Whether guidance rows are in the batch: if any scale uses them, all do."""
-        return any(c != 1 for c in self.cfg)
+        """Whether guidance rows are in the batch: where any scale uses them, all do."""
+        ...
+
+    def spelled(self, num_scales: int, num_layers: int) -> Self:
+        """Return the same with one value per scale.
+
+        Raises:
+            ConfigErrors: values out of range, or too few of them; each error names its key below `model.sampling`.
+        """
+        ...
+
+    def at(self, scales: Sequence[int]) -> Self:
+        """Return the spelled sampling of a model that has these scales alone."""
+        ...
+
+
+class Item(Protocol):
+    """What an image is made from: an entry of a benchmark's list."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def prompt(self) -> str:
+        """A caption."""
+        ...
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """All else that its line says: a class index, for models that take one."""
+        ...
 
 
 @dataclass(frozen=True)
 class Trace:
     """What one generation decided.
 
-    Shapes: bits: per scale uint8 (B, h, w, d) in latent layout; logits: per scale float32 (B, N, token_bits), the
-    difference (bit 1 minus bit 0) after guidance and before temperature, top-k and top-p; latent: (B, d, H, W).
+    Args:
+        codes: per scale integers (B, ...) in the family's layout; forced on another run, they make the same image.
+        logits: per scale float32 (B, N, ...): what the codes were drawn from, after guidance and before temperature,
+            top-k and top-p, in the family's form; `ImageModel.divergence` compares those of two runs.
+        latent: (B, d, H, W), what `ImageModel.decode` takes.
     """
 
-    bits: tuple[Tensor, ...]
+    codes: tuple[Tensor, ...]
     logits: tuple[Tensor, ...]
     latent: Tensor
 
@@ -82,8 +103,8 @@ class ImageModel(Protocol):
 
     geometry: Geometry
 
-    def prepare(self, prompts: Sequence[str], root: Path) -> None:
-        """Called with all prompts of a run before its first image: whatever is costly about text happens here.
+    def prepare(self, items: Sequence[Item], root: Path) -> None:
+        """Do what is costly about text; called with all items of a run before its first image.
 
         A large text encoder is loaded, run and freed; the features are kept below `root` for this run and later ones.
         A cheap one does nothing.
@@ -93,30 +114,46 @@ class ImageModel(Protocol):
         """
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Any:
-        """Prompts -> whatever `generate` takes as condition."""
+    def encode(self, items: Sequence[Item]) -> Any:
+        """Return what `generate` takes as condition."""
         ...
 
-    def rows(self, batch: int, sampling: Sampling) -> int:
-        """Batch rows in the transformer for `batch` images, guidance rows included."""
+    def rows(self, batch: int, sampling: Any) -> int:
+        """Return the batch rows in the transformer for `batch` images, guidance rows included."""
         ...
 
     def generate(
         self,
         condition: Any,
-        sampling: Sampling,
+        sampling: Any,
         cache: Cache,
         generators: Sequence[torch.Generator] | None,
         forced: Sequence[Tensor | None] = (),
     ) -> Trace:
-        """Draw the bits of all scales through `cache`; where `forced` holds bits for a scale, those are used instead.
+        """Draw the codes of all scales through `cache`; where `forced` holds codes for a scale, those are used instead.
 
-        `generators`: one an image, or None when every scale is forced. Forced scales consume random numbers as usual.
+        Args:
+            condition: from `encode`.
+            sampling: the family's own, spelled.
+            cache: for every self-attention.
+            generators: one an image, or None where every scale is forced. Forced scales consume random numbers too.
+            forced: codes per scale as in `Trace`, or None.
+        """
+        ...
+
+    def divergence(self, full: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, float]:
+        """Return the KL divergence KL(full || other) in nats, for the logits of one image under the same codes.
+
+        Args:
+            full, other: as `Trace.logits`, with one row.
+
+        Returns:
+            `kl`: the mean over all bits or tokens that are drawn with a history; `kl_s{t}`: that of one scale.
         """
         ...
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents -> RGB uint8 (B, height, width, 3)."""
+        """Return RGB uint8 (B, height, width, 3)."""
         ...
 
 

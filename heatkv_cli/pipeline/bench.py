@@ -21,7 +21,7 @@ from heatkv_cli.models.base import ImageModel
 from heatkv_cli.pipeline import bench_table as tables
 from heatkv_cli.pipeline.bench_table import Pass
 from heatkv_cli.pipeline.calibrate import calibrate_all
-from heatkv_cli.pipeline.generate import Models, memory_errors, new_cache
+from heatkv_cli.pipeline.passes import Models, memory_errors, new_cache
 from heatkv_cli.pipeline.process_memory import peak_memory
 from heatkv_cli.planning.job import ImageJob, Job, generators_of
 from heatkv_cli.planning.preflight import preflight
@@ -39,9 +39,9 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
     clock = perf_counter()
     model = Models().get(jobs[0])
     loaded = perf_counter() - clock
-    prompts = [image.item.prompt for image in _batch(jobs[0])]
-    model.prepare(prompts, cfg.text_root)
-    condition = model.encode(prompts)
+    items = [image.item for image in _batch(jobs[0])]
+    model.prepare(items, cfg.text_root)
+    condition = model.encode(items)
     text = perf_counter() - clock - loaded
     folder = _begin(plan, jobs)  # once there is a model: files that cannot be read leave no folder behind
     ui.say(f"weights after {loaded:.1f} s, text after another {text:.1f} s; neither is part of a pass")

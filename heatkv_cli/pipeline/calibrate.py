@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from heatkv_cli.methods.hack import ALPHA
 from heatkv_cli.methods.heatkv.stability import Stability, compare_calibrations, half_split_stability
 from heatkv_cli.models.base import ImageModel
 from heatkv_cli.pipeline.figures import write_scas_map, write_variance_curve
-from heatkv_cli.planning.job import generators_of, images_of, load_model, sampling_of
+from heatkv_cli.planning.job import generators_of, images_of, load_model
 from heatkv_cli.planning.preflight import preflight
 from heatkv_cli.planning.resolver import Resolver
 from heatkv_cli.results import finish_meta, write_meta
@@ -69,7 +69,7 @@ def calibrate(cfg: RunConfig, resolver: Resolver, ui: Console) -> tuple[Path, Ca
     files, weights = resolver.weights(cfg)
     prompts = resolver.prompts(cfg.calibration_prompts)
     model = load_model(cfg, files)  # before there is a folder: files that cannot be read leave none behind
-    model.prepare([item.prompt for item in prompts.items], cfg.text_root)
+    model.prepare(prompts.items, cfg.text_root)
     write_meta(
         path.parent,
         config_hash=digest,
@@ -87,7 +87,7 @@ def calibrate(cfg: RunConfig, resolver: Resolver, ui: Console) -> tuple[Path, Ca
 def measure(cfg: RunConfig, model: ImageModel, resolver: Resolver, ui: Console) -> Calibration:
     """Run the calibration images with the full cache and collect the statistics of their conditional rows."""
     prompts = resolver.prompts(cfg.calibration_prompts)
-    images, sampling, size = images_of(cfg, prompts, 1), sampling_of(cfg.model), cfg.runtime.batch_size
+    images, sampling, size = images_of(cfg, prompts, 1), cfg.model.sampling, cfg.runtime.batch_size
     parts = []
     with ui.progress(f"calibrate {cfg.model.name}", len(images), "prompt") as progress:
         for batch in (images[i : i + size] for i in range(0, len(images), size)):
@@ -102,7 +102,7 @@ def measure(cfg: RunConfig, model: ImageModel, resolver: Resolver, ui: Console) 
                 backend=cfg.runtime.attention,
                 observers=(statistics,),
             )
-            condition = model.encode([image.item.prompt for image in batch])
+            condition = model.encode([image.item for image in batch])
             model.generate(condition, sampling, cache, generators_of(batch))
             parts.append(statistics)
             progress.advance(len(batch))
@@ -110,7 +110,7 @@ def measure(cfg: RunConfig, model: ImageModel, resolver: Resolver, ui: Console) 
         geometry=model.geometry,
         prompts_sha256=prompts.sha256,
         seeds=tuple(image.seed for image in images),
-        sampling=cfg.model.sampling.per_scale(len(cfg.model.sizes)),
+        sampling=asdict(cfg.model.sampling),
         weights_sha256=resolver.weights(cfg)[1],
         **concatenate(parts),  # type: ignore[arg-type]
     )

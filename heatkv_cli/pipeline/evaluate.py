@@ -27,10 +27,12 @@ from heatkv_cli.metrics.base import Metric, SetMetric
 from heatkv_cli.pipeline import rows as tables
 from heatkv_cli.pipeline.calibrate import calibrate_all
 from heatkv_cli.pipeline.contact_sheet import write_contact_sheet
-from heatkv_cli.pipeline.generate import Models, run_pass, tell_infeasible
+from heatkv_cli.pipeline.generate import tell_infeasible
 from heatkv_cli.pipeline.image_folder import reference_of
 from heatkv_cli.pipeline.measure import Measured, incomplete, measure, statistics_of
+from heatkv_cli.pipeline.passes import Models, run_forced, run_pass
 from heatkv_cli.pipeline.samples import items_of_pass
+from heatkv_cli.pipeline.traces import are_stored
 from heatkv_cli.planning.job import FORCED, FREE, Job
 from heatkv_cli.planning.preflight import preflight
 from heatkv_cli.planning.resolver import Resolver
@@ -149,31 +151,67 @@ def _noise_floor(plan: Plan, first: Evaluated, resolver: Resolver) -> Job:
 def _make(runs: Sequence[Evaluated], plan: Plan, table: tables.Table, ui: Console) -> None:
     """All passes, and the metrics that need no network; then the model is let go."""
     models = Models()
+    waiting: dict[str, list[Evaluated]] = {}  # by reference: runs whose distributions are compared batch by batch
     for item in runs:
         try:
             _pass_all(item, models, ui)
         except HeatKVError as error:
-            if len(plan.runs) == 1:
-                raise
-            item.error = error
-            ui.error(error)
-            table.failed(item)
+            _fail(item, error, plan, table, ui)
             continue
-        for name, metric in item.metrics.items():
-            if not metric.network:
-                _measure(item, name, metric, table, ui)
         table.costs(item)
-        tables.tell(item, ui)
+        if item.full is None or not _forced(item):
+            _finish(item, table, ui)
+        elif are_stored(item.full.job):
+            _force([item], models, plan, table, ui)
+        else:
+            waiting.setdefault(item.full.job.run_id, []).append(item)
+    for group in waiting.values():
+        _force(group, models, plan, table, ui)
     models.release()
 
 
+def _fail(item: Evaluated, error: HeatKVError, plan: Plan, table: tables.Table, ui: Console) -> None:
+    """Note a run that failed, or raise where it is the only one."""
+    if len(plan.runs) == 1:
+        raise error
+    item.error = error
+    ui.error(error)
+    table.failed(item)
+
+
 def _pass_all(item: Evaluated, models: Models, ui: Console) -> None:
+    """The passes that make pictures."""
     full = item.full
     if full is not None and full.error is not None:
         raise ArtifactError(f"the run it is compared with failed: {full.error.message}", full.error.hint)
-    for kind in dict.fromkeys((FREE, *(metric.spec.needs for metric in item.metrics.values()))):
+    needed = dict.fromkeys((FREE, *(metric.spec.needs for metric in item.metrics.values())))
+    for kind in (kind for kind in needed if kind != FORCED):
         run_pass(item.job, kind, models, ui, None if kind == FREE or full is None else full.job)
     item.costs = _costs(item.job)
+
+
+def _forced(item: Evaluated) -> bool:
+    return any(metric.spec.needs == FORCED for metric in item.metrics.values())
+
+
+def _force(items: Sequence[Evaluated], models: Models, plan: Plan, table: tables.Table, ui: Console) -> None:
+    """The forced pass of runs with one reference."""
+    full = items[0].full
+    assert full is not None  # the reference itself is compared with nothing
+    failed = run_forced([item.job for item in items], full.job, models, ui)
+    for item in items:
+        if item.job.run_id in failed:
+            _fail(item, failed[item.job.run_id], plan, table, ui)
+        else:
+            _finish(item, table, ui)
+
+
+def _finish(item: Evaluated, table: tables.Table, ui: Console) -> None:
+    """What needs no network."""
+    for name, metric in item.metrics.items():
+        if not metric.network:
+            _measure(item, name, metric, table, ui)
+    tables.tell(item, ui)
 
 
 def _judge(runs: Sequence[Evaluated], table: tables.Table, ui: Console) -> None:

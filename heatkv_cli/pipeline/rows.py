@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from heatkv_cli.config import Plan, RunConfig, read_yaml
 from heatkv_cli.console import Console
 from heatkv_cli.metrics.base import SetMetric
 from heatkv_cli.metrics.scores import Value
-from heatkv_cli.pipeline.generate import CHOSEN
 from heatkv_cli.pipeline.measure import Measured, metric_rows
+from heatkv_cli.pipeline.passes import CHOSEN
 from heatkv_cli.planning.job import FORCED, Infeasible, metrics_of
 from heatkv_cli.results import (
     Fields,
@@ -253,13 +254,18 @@ def _flat(run: RunConfig) -> dict[str, Any]:
         "batch": run.runtime.batch_size,
         "preset": run.model.preset,
         **{f"model.params.{key}": value for key, value in run.model.params.items()},
-        **{f"sampling.{key}": value for key, value in run.model.sampling.per_scale(1).items()},
+        **{f"sampling.{key}": _short(value) for key, value in asdict(run.model.sampling).items()},
         **{f"benchmark.{key}": value for key, value in run.benchmark.params.items()},
     }
     return {
         key: json.dumps(value, default=str) if isinstance(value, (dict, list, tuple)) else value
         for key, value in values.items()
     }
+
+
+def _short(value: Any) -> Any:
+    """One value where all scales have the same."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
 def _print(runs: Sequence[Evaluated], infeasible: Sequence[Infeasible], plan: Plan, ui: Console) -> None:
@@ -347,7 +353,7 @@ def summary(item: Evaluated) -> dict[str, Any]:
         "parameters": dict(cfg.method.params),
         "budget": cfg.budget.slug,
         "seed": cfg.seed,
-        "sampling": cfg.model.sampling.per_scale(len(cfg.model.sizes)),
+        "sampling": asdict(cfg.model.sampling),
         "runtime": cfg.runtime.identity(),
         "asked": len(item.job.shown),
         "status": "failed" if item.error else "done",

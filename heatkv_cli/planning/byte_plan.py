@@ -15,7 +15,7 @@ from heatkv_cli.config import ModelConfig, RunConfig, config_hash
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.models.base import Sketch
 from heatkv_cli.planning.footprint import CacheBytes, Footprint, LooksAtKeysError, footprint, rehearse
-from heatkv_cli.planning.job import geometry_of, sampling_of, sketch_of
+from heatkv_cli.planning.job import geometry_of, sketch_of
 from heatkv_cli.planning.preflight import setting_before
 from heatkv_cli.planning.resolver import Resolver
 
@@ -107,7 +107,7 @@ def byte_plan(cfg: RunConfig, resolver: Resolver) -> BytePlan | None:
         BudgetError: the method cannot meet the budget, in the words of the run itself.
     """
     geometry = geometry_of(cfg.model)
-    guided = sampling_of(cfg.model).guided
+    guided = cfg.model.sampling.guided
     cache, exact = _cache(cfg, geometry, resolver)
     if not cfg.model.sketch:
         return None
@@ -135,7 +135,7 @@ def _footprint(shape: _Shape) -> Footprint:
     def make(geometry: Geometry) -> Sketch:
         return sketch_of(model, geometry)
 
-    return footprint(make, geometry_of(model), sampling_of(model), shape.on_host)
+    return footprint(make, geometry_of(model), model.sampling, shape.on_host)
 
 
 def _cache(cfg: RunConfig, geometry: Geometry, resolver: Resolver) -> tuple[CacheBytes, bool]:

@@ -7,7 +7,7 @@ from time import perf_counter
 import torch
 
 from heatkv_cli.config import RunConfig
-from heatkv_cli.planning.job import geometry_of, sampling_of, sketch_of
+from heatkv_cli.planning.job import geometry_of, sketch_of
 
 LARGE = 500_000_000
 """Parameters from which a model on a CPU wants to be asked for twice."""
@@ -20,7 +20,7 @@ def large(run: RunConfig) -> bool:
 
 def hours_text(run: RunConfig, images: int) -> str:
     """Return the time of some images in words: 2 x parameters x tokens x rows, over this CPU's rate."""
-    rows = 2 if sampling_of(run.model).guided else 1
+    rows = 2 if run.model.sampling.guided else 1
     tokens = geometry_of(run.model).schedule.num_tokens
     hours = 2 * _parameters(run) * tokens * rows * images / _rate(getattr(torch, run.model.dtype)) / 3600
     return f"{hours:.0f} hours" if hours >= 2 else f"{max(1, round(60 * hours))} minutes"

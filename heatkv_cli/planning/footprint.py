@@ -65,7 +65,7 @@ def rehearse(geometry: Geometry, policy: Policy) -> CacheBytes:
             tokens = cache.pool.k.new_empty(1, geometry.num_heads, count, geometry.head_dim)
             for layer in range(geometry.num_layers):
                 watched.attend(layer, tokens, tokens, tokens, 1.0)
-            watched.end_scale()
+            watched.end_step()
     ledger = cache.ledger
     assert ledger.work_peak is not None  # it was watched
     return CacheBytes(ledger.alloc_bytes, ledger.work_peak, ledger.meta_peak)
@@ -133,8 +133,7 @@ def footprint(make: Callable[[Geometry], Sketch], geometry: Geometry, sampling: 
     scales = sorted({0, geometry.num_scales - 2, geometry.num_scales - 1})
     few = ScaleSchedule(tuple(geometry.schedule.sizes[s] for s in scales))
     sketch = make(replace(geometry, schedule=few, sink_scales=1))
-    cfg, tau = (tuple(values[s] for s in scales) for values in (sampling.cfg, sampling.tau))
-    sampling = replace(sampling, cfg=cfg, tau=tau)
+    sampling = sampling.at(scales)
     tensors = {name: [*net.parameters(), *net.buffers()] for name, net in sketch.networks.items()}
     one, two = (_run(sketch, sampling, batch, on_host) for batch in (1, 2))
     blocks, attending, decode = (Growing.through(*pair) for pair in zip(one, two, strict=True))
@@ -170,7 +169,7 @@ class _Attention:
         self.live = max(self.live, self._memory.live - k.nbytes - v.nbytes)
         return torch.empty_like(q)
 
-    def end_scale(self) -> None: ...
+    def end_step(self) -> None: ...
 
 
 class _HostBytes(LiveBytes):

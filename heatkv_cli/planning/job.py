@@ -47,7 +47,6 @@ class Inputs:
 
     Args:
         geometry: shape of the model's cache.
-        sampling: one value per scale.
         prompts: the benchmark's list.
         samples: images of each prompt.
         files: the model's files by role; empty where weights are drawn.
@@ -55,7 +54,6 @@ class Inputs:
     """
 
     geometry: Geometry
-    sampling: Sampling
     prompts: PromptSet
     samples: int
     files: Mapping[str, Path]
@@ -99,7 +97,8 @@ class Job:
     @property
     def sampling(self) -> Sampling:
         """Sampling, one value per scale."""
-        return self.inputs.sampling
+        sampling: Sampling = self.cfg.model.sampling
+        return sampling
 
     @property
     def method(self) -> Method:
@@ -186,11 +185,6 @@ def geometry_of(config: ModelConfig) -> Geometry:
         config.sink_scales,
         config.dtype_bytes,
     )
-
-
-def sampling_of(config: ModelConfig) -> Sampling:
-    """Return a model's sampling with one value per scale."""
-    return Sampling(**config.sampling.per_scale(len(config.sizes)))
 
 
 def metrics_of(cfg: RunConfig) -> dict[str, Metric]:

@@ -9,7 +9,7 @@ from heatkv_cli.config import Plan, RunConfig, config_hash
 from heatkv_cli.console import Console, size_text
 from heatkv_cli.errors import BudgetError, HeatKVError
 from heatkv_cli.planning.byte_plan import BATCHES, BytePlan, byte_plan
-from heatkv_cli.planning.job import Infeasible, geometry_of, sampling_of
+from heatkv_cli.planning.job import Infeasible, geometry_of
 from heatkv_cli.planning.preflight import Ready, preflight
 from heatkv_cli.planning.resolver import Resolver
 
@@ -153,7 +153,7 @@ def _show_bytes(run: RunConfig, plan: BytePlan, ui: Console) -> None:
 
 def kv_bytes(run: RunConfig) -> tuple[int, int]:
     """Return the bytes of the full KV cache of one batch, guidance rows included, and those the budget allows."""
-    rows = run.runtime.batch_size * (2 if sampling_of(run.model).guided else 1)
+    rows = run.runtime.batch_size * (2 if run.model.sampling.guided else 1)
     geometry = geometry_of(run.model)
     slots = run.budget.slots(geometry, rows)
     return geometry.full_bytes(rows), slots * rows * geometry.bytes_per_token

@@ -19,7 +19,7 @@ from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 from heatkv_cli.methods.base import Method, Plan, Setting
 from heatkv_cli.models.text_store import encoder_sha256, find_features
 from heatkv_cli.models.weights import WeightFile, find_file
-from heatkv_cli.planning.job import Inputs, Job, geometry_of, images_of, passes_of, sampling_of
+from heatkv_cli.planning.job import Inputs, Job, geometry_of, images_of, passes_of
 from heatkv_cli.results import RunFolder, finish_meta, read_meta, write_meta
 
 CALIBRATION, SCHEDULE = "calibration.safetensors", "schedule.safetensors"
@@ -65,7 +65,6 @@ class Resolver:
         benchmark: Benchmark = cfg.benchmark.object
         return Inputs(
             geometry_of(cfg.model),
-            sampling_of(cfg.model),
             self.prompts(cfg.benchmark),
             benchmark.samples_per_prompt,
             files,

@@ -107,7 +107,7 @@ def test_stages_sum_to_the_pass(tmp_path: Path) -> None:
     plan = compose([f"out={tmp_path}", "method=full", "limit=1", *FAST], command="bench")
     job_ = Resolver().job(plan.first)
     model = bench.Models().get(job_)
-    condition = model.encode([job_.images[0].item.prompt])
+    condition = model.encode([job_.images[0].item])
     values = bench._measure(job_, model, condition).values()
     seconds = {(scale, stage): value for (scale, stage, measure), value in values.items() if measure == "seconds"}
     scales = [str(s) for s in range(8)]

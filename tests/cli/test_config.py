@@ -100,8 +100,8 @@ def test_tiny_has_the_geometry_of_the_design() -> None:
     assert model.sizes == ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (8, 8), (10, 10))
     assert (model.sink_scales, model.layout_scales) == (1, (0, 1, 2, 3))
     assert model.num_layers * model.num_heads >= 64
-    assert model.sampling.per_scale(8)["tau"] == (1, 1, 1, 1, 0.8, 0.6, 0.4, 0.3)
-    assert model.sampling.per_scale(8)["cfg"] == (2,) * 8
+    assert model.sampling.tau == (1, 1, 1, 1, 0.8, 0.6, 0.4, 0.3)
+    assert model.sampling.cfg == (2,) * 8
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("0.06M", 521), ("0.25M", 2521), ("0.60M", 6425), ("1M", 10521)])
@@ -115,7 +115,7 @@ def test_values_are_typed() -> None:
     run = one(
         "model.sampling.cfg=3", "out=some/where", "runtime.threads=2", "limit=all", "shard=1/4", "method.order=scas"
     )
-    assert type(run.model.sampling.cfg) is float
+    assert run.model.sampling.cfg == (3.0,) * 8 and type(run.model.sampling.cfg[0]) is float
     assert (run.out, run.runtime.threads, run.limit, run.shard) == (Path("some/where"), 2, None, (1, 4))
 
 

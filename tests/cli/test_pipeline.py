@@ -20,7 +20,7 @@ from PIL import Image
 
 from heatkv_cli.calibration.calibration import Calibration
 from heatkv_cli.cli import run
-from heatkv_cli.pipeline.generate import bit_kl
+from heatkv_cli.models.infinity.sampling import bit_kl
 
 Capture = pytest.CaptureFixture[str]
 SMALL = ["runtime.batch_size=4", "runtime.threads=1"]

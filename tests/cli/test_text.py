@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from heatkv_cli.benchmarks.base import items_of
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
@@ -131,8 +133,8 @@ def test_precision_and_positive_prompt_reach_the_encoder(weights: Path, tmp_path
     for change in ("t5_dtype=float16", "t5_dtype=bfloat16"):
         cfg = compose([*SMALL, f"weights={weights}", f"out={tmp_path}", f"model.params.{change}"]).first
         model = job.load_model(cfg, Resolver().weights(cfg)[0])
-        model.prepare(["a red circle"], cfg.text_root)
-        features.append(model.encode(["a red circle"]).features)
+        model.prepare(items_of(["a red circle"]), cfg.text_root)
+        features.append(model.encode(items_of(["a red circle"])).features)
     assert 0 < (features[0] - features[1]).abs().max() < 0.2
     assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 2
 

@@ -52,7 +52,7 @@ def test_it_runs_within_its_budget(latest: Method) -> None:
             q, k, v = torch.randn(3, 2, GEOMETRY.num_heads, count, GEOMETRY.head_dim)
             assert cache.attend(layer, q, k, v, 0.3).isfinite().all()
             assert cache.pool.used <= cache.pool.capacity
-        cache.end_scale()
+        cache.end_step()
     assert cache.pool.used == 0
     assert cache.ledger.ratios()["beta_alloc"] <= 0.6
     assert cache.pool.peak == cache.pool.capacity

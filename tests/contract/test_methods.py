@@ -114,7 +114,7 @@ def drive(
         for layer in range(geometry.num_layers):
             out.append(kv.attend(layer, *next(left), geometry.head_dim**-0.5))
             after_visit(scale, layer)
-        kv.end_scale()
+        kv.end_step()
     return out
 
 

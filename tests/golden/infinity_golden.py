@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.models.base import Sampling, Trace
+from heatkv_cli.models.base import Trace
 from heatkv_cli.models.infinity.model import InfinityModel
+from heatkv_cli.models.infinity.sampling import Sampling
 from heatkv_cli.models.infinity.schedules import rope_base
 from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig, Text
@@ -119,7 +120,7 @@ class Recorder:
         self.k[layer], self.v[layer] = k, v
         return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
 
-    def end_scale(self) -> None:
+    def end_step(self) -> None:
         pass
 
 
@@ -253,7 +254,7 @@ def errors(
     if run.forced:  # what it would have drawn: the likelier value
         found["bits"] = float(((every(logits, wanted, 1) > 0) != (wanted > 0)).sum())
     else:
-        found["bits"] = float((run.tokens(trace.bits) != tensor(f"run/{run.name}/bits")).sum())
+        found["bits"] = float((run.tokens(trace.codes) != tensor(f"run/{run.name}/bits")).sum())
     pairs: dict[str, Any] = {
         "sos": (condition.sos, run.get("sos")),
         "ada6": (condition.ada, run.get("ada6")),

@@ -22,8 +22,8 @@ from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.policy import Visit
 from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.full import Full
-from heatkv_cli.models.base import Sampling
 from heatkv_cli.models.infinity.rope import rope_table
+from heatkv_cli.models.infinity.sampling import Sampling
 from heatkv_cli.models.infinity.schedules import rope_base, scale_sizes
 from heatkv_cli.models.infinity.tokenizer import quantise, resize
 from heatkv_cli.models.infinity.transformer import Text
@@ -88,9 +88,9 @@ def test_a_run(name: str) -> None:
     model = run.build()
     result = golden.generate(run, cache, model)
     assert not golden.beyond(golden.errors(run, model, result, cache.k, cache.v))
-    assert all(part.dtype == torch.uint8 for part in result.trace.bits)
+    assert all(part.dtype == torch.uint8 for part in result.trace.codes)
     # a forced run records the bits that it would have drawn
-    drawn = golden.difference(run, result.trace) > 0 if run.forced else run.tokens(result.trace.bits)
+    drawn = golden.difference(run, result.trace) > 0 if run.forced else run.tokens(result.trace.codes)
     digest = hashlib.sha256(drawn.to(torch.uint8).contiguous().numpy().tobytes()).hexdigest()
     assert digest == run.settings["bits_sha256"]
 
@@ -122,10 +122,10 @@ def test_forcing_a_run_s_own_bits_repeats_it(name: str) -> None:
     run = run_of(name)
     model = run.build()
     first = model.generate(run.text, run.sampling, Recorder(), run.generators(), run.forced)
-    again = model.generate(run.text, run.sampling, Recorder(), None, first.bits)
+    again = model.generate(run.text, run.sampling, Recorder(), None, first.codes)
     assert all(torch.equal(a, b) for a, b in zip(first.logits, again.logits, strict=True))
     with pytest.raises(ValueError, match="scale 6 is not forced"):
-        model.generate(run.text, run.sampling, Recorder(), None, first.bits[:-1])
+        model.generate(run.text, run.sampling, Recorder(), None, first.codes[:-1])
 
 
 class WholeSequence:
@@ -147,7 +147,7 @@ def test_teacher_forcing(letter: str) -> None:
     model = run.build()
     trace = model.generate(run.text, sampling, Recorder(), run.generators())
     total, inputs = torch.zeros_like(trace.latent), []
-    for bits, size in zip(trace.bits, run.sizes[1:], strict=False):
+    for bits, size in zip(trace.codes, run.sizes[1:], strict=False):
         total = total + resize(run.codes.embed(bits), (total.shape[-2], total.shape[-1]))
         inputs.append(run.codes.to_tokens(resize(total, run.codes.grid(size))))
     net, condition = model.transformer, model.transformer.condition(run.text)

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from infinity_golden import Recorder, Run
 from torch import Tensor
 
-from heatkv_cli.models.base import Sampling
 from heatkv_cli.models.infinity import model as model_module
 from heatkv_cli.models.infinity import tokenizer as tokenizer_module
 from heatkv_cli.models.infinity import transformer as transformer_module
 from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.infinity.rope import rope_table
+from heatkv_cli.models.infinity.sampling import Sampling
 from heatkv_cli.models.infinity.schedules import rope_base
 from heatkv_cli.models.infinity.tokenizer import Codes
 from heatkv_cli.models.infinity.transformer import Block, FeedForward, Infinity, Text

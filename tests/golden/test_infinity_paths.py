@@ -16,8 +16,8 @@ from infinity_golden import CODES, MULTIPLIERS, RUNS, Recorder, Run, tensor
 from torch import Tensor
 
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.models.base import Sampling
 from heatkv_cli.models.infinity.model import InfinityModel
+from heatkv_cli.models.infinity.sampling import Sampling
 from heatkv_cli.models.infinity.schedules import rope_base, scale_sizes
 from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig, Text
@@ -124,14 +124,14 @@ def test_a_setting(name: str) -> None:
     trace = model.generate(Text.pack(texts), sampling, cache, generators, negative=negative)
     setting = literal.Setting(sizes, base, sampling.cfg, 4, case.mode, case.guide, case.level_once, codes.patch)
     compare(setting, golden.weights(f"model{case.model}"), texts, others, trace, cache, case.layers)
-    assert all(0.02 < part.float().mean() < 0.98 for part in trace.bits[3:])  # no constant bits
+    assert all(0.02 < part.float().mean() < 0.98 for part in trace.codes[3:])  # no constant bits
 
 
 def compare(setting, weights, texts, others, trace, cache, layers) -> None:  # type: ignore[no-untyped-def]
     logits = torch.cat(trace.logits, 1)
     for b, text in enumerate(texts):
         other = others[b] if others else None
-        out = literal.run(weights, text, other, [part[b] for part in trace.bits], setting)
+        out = literal.run(weights, text, other, [part[b] for part in trace.codes], setting)
         wanted = out.logits[..., 1] - out.logits[..., 0]
         assert golden.gap(logits[b], wanted) < golden.TOLERANCE["logits"]
         assert golden.gap(trace.latent[b], out.latent) < golden.TOLERANCE["summed_codes"]

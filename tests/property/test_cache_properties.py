@@ -233,7 +233,7 @@ class Run:
                 self.visit(layer, scale)
                 self.check_storage()
             for cache in self.caches:
-                cache.end_scale()
+                cache.end_step()
         for cache in self.caches:
             assert cache.pool.used == 0
             assert sorted(cache.pool.take(cache.pool.capacity).tolist()) == list(range(cache.pool.capacity))

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ConfigError
-from heatkv_cli.models.base import Sampling
 from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.infinity.rope import rope_table, rotate
-from heatkv_cli.models.infinity.sampling import draw_bits, filter_logits
+from heatkv_cli.models.infinity.sampling import Sampling, draw_bits, filter_logits
 from heatkv_cli.models.infinity.schedules import (
     RATIOS,
     RESOLUTIONS,

@@ -167,7 +167,7 @@ def compare(
                 torch.testing.assert_close(y[b, h, :outputs].double(), expected, atol=2e-5, rtol=2e-5)
                 stored[b, layer, h] = [] if visit.last else mine
             _check_storage(cache, layer, rows, stored)
-        cache.end_scale()
+        cache.end_step()
     return dropped
 
 

@@ -174,7 +174,7 @@ def check(
         cache.attend(layer, q, k, v, SOFTMAX_SCALE)
         attended = cache.ledger.attended_tokens - attended
         if layer == GEOMETRY.num_layers - 1:
-            cache.end_scale()
+            cache.end_step()
         cap = caps(scale, layer)
         found = places(oracle, scale, layer, q, k, cap)
         length = len(found[0, 0].positions)

@@ -169,7 +169,7 @@ def test_the_last_scale_may_be_selected_but_is_not_stored(backend: str) -> None:
         assert cache.pool.used == 2 * start
         now = x[:, :, start:stop]
         y = cache.attend(0, now, now, now, SCALE)
-        cache.end_scale()
+        cache.end_step()
     assert cache.pool.used == 0
     chosen = [[x[0, head, kept] for head, kept in enumerate(KEPT)]]
     torch.testing.assert_close(y.double(), literal(x[:, :, 3:], chosen, chosen), atol=1e-5, rtol=1e-5)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from heatkv_cli.benchmarks.base import items_of
 from heatkv_cli.config import RunConfig, build, choices, compose
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.ledger import Ledger
@@ -26,7 +27,7 @@ from heatkv_cli.models.base import ImageModel, Sketch
 from heatkv_cli.models.infinity.sketch import t5_bytes
 from heatkv_cli.planning.byte_plan import BytePlan, byte_plan
 from heatkv_cli.planning.footprint import CacheBytes, Footprint, Growing, LooksAtKeysError, rehearse
-from heatkv_cli.planning.job import geometry_of, load_model, sampling_of
+from heatkv_cli.planning.job import geometry_of, load_model
 from heatkv_cli.planning.preflight import stand_in
 from heatkv_cli.planning.resolver import Resolver
 
@@ -59,13 +60,13 @@ def tiny() -> ImageModel:
 
 def generated(cfg: RunConfig, model: ImageModel, batch: int) -> Ledger:
     """The ledger of a real generation."""
-    sampling, method = sampling_of(cfg.model), cfg.method.object
+    sampling, method = cfg.model.sampling, cfg.method.object
     rows, budget = model.rows(batch, sampling), cfg.budget
     calibration = stand_in(model.geometry) if method.calibrated else None
     policy = method.policy(Setting(model.geometry, budget, rows, calibration=calibration))
     kv = KVCache(model.geometry, policy, rows, batch, budget=budget)
     generators = [torch.Generator().manual_seed(i) for i in range(batch)]
-    model.generate(model.encode(["a red circle"] * batch), sampling, Watched(kv), generators)
+    model.generate(model.encode(items_of(["a red circle"] * batch)), sampling, Watched(kv), generators)
     return kv.ledger
 
 
@@ -234,11 +235,11 @@ def test_memory_changes_no_image() -> None:
 
 MEASURE = """
 import json, sys, torch
+from heatkv_cli.benchmarks.base import items_of
 from heatkv_cli.config import compose
 from heatkv_cli.core.cache import KVCache
-from heatkv_cli.core.live_bytes import Watched
 from heatkv_cli.methods.base import Setting
-from heatkv_cli.planning.job import load_model, sampling_of
+from heatkv_cli.planning.job import load_model
 from heatkv_cli.pipeline.process_memory import peak_memory
 
 middle, methods, batch = json.loads(sys.argv[1])
@@ -247,8 +248,8 @@ model, found = load_model(config(), {}), {}
 for turn in range(2):  # the first one pays for what libraries map and keep once
     for method in methods:
         cfg = config("method=" + method[0], *method[1:])
-        chosen, budget, sampling = cfg.method.object, cfg.budget, sampling_of(cfg.model)
-        text, rows = model.encode(["x"] * batch), model.rows(batch, sampling)
+        chosen, budget, sampling = cfg.method.object, cfg.budget, cfg.model.sampling
+        text, rows = model.encode(items_of("x" * batch)), model.rows(batch, sampling)
         generators = [torch.Generator().manual_seed(i) for i in range(batch)]
         with peak_memory("cpu") as memory:
             policy = chosen.policy(Setting(model.geometry, budget, rows))

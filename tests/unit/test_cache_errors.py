@@ -37,7 +37,7 @@ def run(policy: Policy, rows: int = 2) -> KVCache:
     for tokens in TWO.schedule.lengths:
         for layer in range(TWO.num_layers):
             cache.attend(layer, *torch.randn(3, rows, TWO.num_heads, tokens, 4, generator=generator), 0.5)
-        cache.end_scale()
+        cache.end_step()
     return cache
 
 

@@ -64,7 +64,7 @@ def test_a_free_run_gives_the_official_bits(tmp_path: Path) -> None:
     run, cache = golden.Run("A_nocfg", golden.RUNS["A_nocfg"]), golden.Recorder()
     loaded = load(sharded_safetensors(tmp_path, official("A")), wrapped(tmp_path, pixels("A")))
     result = golden.generate(run, cache, loaded)
-    assert torch.equal(run.tokens(result.trace.bits), golden.tensor("run/A_nocfg/bits"))
+    assert torch.equal(run.tokens(result.trace.codes), golden.tensor("run/A_nocfg/bits"))
 
 
 @pytest.mark.parametrize("model", ["A", "B"])

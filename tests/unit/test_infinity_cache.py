@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from heatkv_cli.benchmarks.base import items_of
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
@@ -20,9 +21,9 @@ from heatkv_cli.methods.base import Method, Setting
 from heatkv_cli.methods.full import Full
 from heatkv_cli.methods.heatkv import HeatKV
 from heatkv_cli.methods.sinks import Sinks
-from heatkv_cli.models.base import Cache, Sampling, Trace
+from heatkv_cli.models.base import Cache, Trace
 from heatkv_cli.models.infinity.model import InfinityModel
-from heatkv_cli.models.infinity.sampling import draw_bits
+from heatkv_cli.models.infinity.sampling import Sampling, draw_bits
 from heatkv_cli.models.infinity.text import WordEncoder
 from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig, resize
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig, Text
@@ -82,7 +83,7 @@ def generate(
 ) -> Trace:
     kv = kv_cache(method, model().rows(len(prompts), sampling), len(prompts), text)
     draws = None if forced else generators(len(prompts))
-    return model().generate(model().encode(prompts), sampling, kv, draws, forced)
+    return model().generate(model().encode(items_of(prompts)), sampling, kv, draws, forced)
 
 
 @cache
@@ -97,7 +98,7 @@ def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 @samplings
 def test_budget_one_is_the_full_cache_bit_for_bit(sampling: Sampling) -> None:
     reference, made = full(sampling), generate(HeatKV(order="random"), sampling=sampling)
-    for name in ("bits", "logits"):
+    for name in ("codes", "logits"):
         assert all(map(torch.equal, getattr(reference, name), getattr(made, name)))
     assert torch.equal(reference.latent, made.latent)
     pixels = [model().decode(trace.latent) for trace in (reference, made)]
@@ -109,10 +110,10 @@ def test_the_cache_matters_in_this_model() -> None:
     """Or the comparisons here would show nothing: without history the logits are others, and images differ."""
     reference = full(GUIDED)
     for method, text in [(Sinks(), "0.1"), (HeatKV(order="random"), "0.1")]:
-        made = generate(method, forced=reference.bits, text=text)
+        made = generate(method, forced=reference.codes, text=text)
         assert torch.equal(made.logits[0], reference.logits[0])  # scale 0 has no history
         assert difference(made.logits[-1:], reference.logits[-1:]) > 0.05
-    bits = torch.cat([scale.flatten(1) for scale in reference.bits], 1).float()
+    bits = torch.cat([scale.flatten(1) for scale in reference.codes], 1).float()
     assert 0.2 < float(bits.mean()) < 0.8
     assert len({tuple(image.tolist()) for image in bits}) == len(PROMPTS)
 
@@ -124,14 +125,14 @@ def test_the_cache_matters_in_this_model() -> None:
 def test_a_batch_of_eight_is_eight_singles(sampling: Sampling) -> None:
     batch = full(sampling)
     for i, prompt in enumerate(PROMPTS):
-        single = generate(Full(), [prompt], sampling, [bits[i : i + 1] for bits in batch.bits])
+        single = generate(Full(), [prompt], sampling, [bits[i : i + 1] for bits in batch.codes])
         assert difference(single.logits, [logits[i : i + 1] for logits in batch.logits]) < 1e-4
         torch.testing.assert_close(single.latent, batch.latent[i : i + 1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("method", "text"), [(HeatKV(order="random"), "0.1"), (Sinks(), "0.1")])
 def test_so_it_is_with_a_compressed_cache(method: Method, text: str) -> None:
-    bits = full(GUIDED).bits
+    bits = full(GUIDED).codes
     batch = generate(method, forced=bits, text=text)
     for i, prompt in enumerate(PROMPTS):
         single = generate(method, [prompt], GUIDED, [scale[i : i + 1] for scale in bits], text)
@@ -164,10 +165,12 @@ def test_a_draw_is_what_multinomial_gives_at_batch_one() -> None:
 def test_a_generation_uses_as_many_random_numbers_in_any_batch() -> None:
     """Also where bits are forced (copied layout), and with whatever method."""
     states = []
-    for prompts, forced in [(PROMPTS, ()), (PROMPTS[:1], ()), (PROMPTS[:1], full(GUIDED).bits[:4])]:
+    for prompts, forced in [(PROMPTS, ()), (PROMPTS[:1], ()), (PROMPTS[:1], full(GUIDED).codes[:4])]:
         draws = generators(len(prompts))
         kv = kv_cache(Full(), 2 * len(prompts), len(prompts))
-        model().generate(model().encode(prompts), GUIDED, kv, draws, [bits[: len(prompts)] for bits in forced])
+        model().generate(
+            model().encode(items_of(prompts)), GUIDED, kv, draws, [bits[: len(prompts)] for bits in forced]
+        )
         states.append(draws[0].get_state())
     assert torch.equal(states[0], states[1])
     assert torch.equal(states[0], states[2])
@@ -176,7 +179,7 @@ def test_a_generation_uses_as_many_random_numbers_in_any_batch() -> None:
 def test_something_has_to_decide_each_bit() -> None:
     kv = kv_cache(Full(), 2, 1)
     with pytest.raises(ValueError, match="scale 1 is not forced and there are no generators"):
-        model().generate(model().encode(["a"]), GUIDED, kv, None, [full(GUIDED).bits[0][:1]])
+        model().generate(model().encode(items_of("a")), GUIDED, kv, None, [full(GUIDED).codes[0][:1]])
 
 
 # ------------------------------------------------------------------------------------------ independent references
@@ -194,7 +197,7 @@ class Concatenating:
         self.seen[layer] = k, v
         return (q @ k.transpose(-1, -2) * softmax_scale).softmax(-1) @ v
 
-    def end_scale(self) -> None:
+    def end_step(self) -> None:
         pass
 
 
@@ -202,7 +205,7 @@ class Concatenating:
 def test_the_cache_is_plain_concatenation(sampling: Sampling) -> None:
     plain: Cache = Concatenating()
     reference = full(sampling)
-    made = model().generate(model().encode(PROMPTS), sampling, plain, None, reference.bits)
+    made = model().generate(model().encode(items_of(PROMPTS)), sampling, plain, None, reference.codes)
     for mine, other in zip(made.logits, reference.logits, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
@@ -222,7 +225,7 @@ class BlockCausal:
 def teacher_forced(bits: Sequence[Tensor], sampling: Sampling) -> list[Tensor]:
     """Logits of all scales from one forward; no cache, no loop over scales but to prepare the inputs."""
     network, sizes = model().transformer, GEOMETRY.schedule.sizes
-    text = model().encode(PROMPTS)
+    text = model().encode(items_of(PROMPTS))
     rows = [row[:n] for row, n in zip(text.features, text.lengths, strict=True)]
     if sampling.guided:
         rows += [network.cfg_uncond[:n] for n in text.lengths]
@@ -247,7 +250,7 @@ def teacher_forced(bits: Sequence[Tensor], sampling: Sampling) -> list[Tensor]:
 def test_teacher_forcing_is_one_block_causal_forward(sampling: Sampling) -> None:
     """Free and forced runs through the cache give the logits of the form in which the model is trained."""
     reference = full(sampling)
-    expected = teacher_forced(reference.bits, sampling)
-    forced = generate(Full(), sampling=sampling, forced=reference.bits)
+    expected = teacher_forced(reference.codes, sampling)
+    forced = generate(Full(), sampling=sampling, forced=reference.codes)
     assert difference(forced.logits, reference.logits) == 0
     assert difference(forced.logits, expected) < 1e-4

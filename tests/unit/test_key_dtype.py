@@ -15,14 +15,16 @@ from test_infinity_cache import GEOMETRY, GUIDED, PLAIN, PROMPTS, generators
 from test_infinity_cache import model as small
 from torch import Tensor
 
+from heatkv_cli.benchmarks.base import items_of
 from heatkv_cli.core.attention import Group, grouped_attention
 from heatkv_cli.core.cache import FULL_BUDGET, KVCache
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.full import Full
-from heatkv_cli.models.base import Cache, Sampling, Trace
+from heatkv_cli.models.base import Cache, Trace
 from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.infinity.rope import rotate
+from heatkv_cli.models.infinity.sampling import Sampling
 from heatkv_cli.models.infinity.transformer import MAX_LOG_SCALE, SelfAttention, linear
 
 HALF = Geometry("small", GEOMETRY.num_layers, GEOMETRY.num_heads, GEOMETRY.head_dim, GEOMETRY.schedule, 1, 2)
@@ -51,7 +53,7 @@ class Upstream:
         whole = Group(range(v.shape[1]), none, none)  # the kernel is the same, only storage is not
         return grouped_attention(q.to(v.dtype), k.to(v.dtype), v, [whole], softmax_scale)
 
-    def end_scale(self) -> None:
+    def end_step(self) -> None:
         pass
 
     def bytes(self) -> int:
@@ -67,7 +69,7 @@ def project_in_float32(self: SelfAttention, x: Tensor, rope: Tensor) -> tuple[Te
 
 
 def generate(seam: Cache, sampling: Sampling) -> Trace:
-    return model().generate(model().encode(PROMPTS), sampling, seam, generators(len(PROMPTS)))
+    return model().generate(model().encode(items_of(PROMPTS)), sampling, seam, generators(len(PROMPTS)))
 
 
 @pytest.mark.parametrize("sampling", [GUIDED, PLAIN], ids=["guided", "plain"])
@@ -82,7 +84,7 @@ def test_not_a_bit_changes_and_a_third_is_saved(sampling: Sampling, monkeypatch:
     assert {k.dtype for k in theirs.k.values()} == {torch.float32}
     assert {x.dtype for x in (*theirs.v.values(), *ours.k.values(), *ours.v.values())} == {torch.bfloat16}
     for trace in traces:
-        for name in ("bits", "logits"):
+        for name in ("codes", "logits"):
             assert all(map(torch.equal, getattr(trace, name), getattr(reference, name)))
         assert torch.equal(trace.latent, reference.latent)
     for layer, exact in theirs.k.items():  # the keys themselves are others before they are cast

@@ -109,7 +109,7 @@ def test_a_watched_visit_holds_what_is_on_the_heap(method: Method) -> None:
                 watched.attend(layer, q, k, v, 0.35)
             assert cache.ledger.work_peak == cache.ledger.alloc_bytes + k.nbytes + v.nbytes + heap.peak
             most = max(most, heap.peak)
-        watched.end_scale()
+        watched.end_step()
     assert most > cache.ledger.alloc_bytes / 4
 
 
@@ -122,7 +122,7 @@ def test_a_watched_cache_answers_as_the_cache_itself() -> None:
             for layer in range(GEOMETRY.num_layers):
                 q, k, v = torch.randn(3, ROWS, 3, tokens, 8, generator=generator)
                 answers.append(seam.attend(layer, q, k, v, 0.35))
-            seam.end_scale()
+            seam.end_step()
         assert ("beta_work" in cache.ledger.ratios()) == watch
     half = len(answers) // 2
     assert all(map(torch.equal, answers[:half], answers[half:]))

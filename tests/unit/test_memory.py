@@ -28,8 +28,8 @@ from heatkv_cli.methods.heatkv import HeatKV
 from heatkv_cli.methods.heatkv.schedule import Schedule
 from heatkv_cli.methods.sinks import Sinks
 from heatkv_cli.methods.streaming import Streaming
-from heatkv_cli.models.base import Sampling
 from heatkv_cli.models.infinity.model import InfinityModel
+from heatkv_cli.models.infinity.sampling import Sampling
 from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig, Text
 
@@ -101,7 +101,7 @@ def generate(cache: KVCache, after_visit: Callable[[int, int], None] = lambda sc
             q = torch.randn(shape, generator=generator) * 1e-4
             cache.attend(layer, q, tag(shape, K_TAG, generator), tag(shape, V_TAG, generator), 1.0)
             after_visit(scale, layer)
-        cache.end_scale()
+        cache.end_step()
 
 
 class Scale:
@@ -242,8 +242,8 @@ class Tagging:
         self.weighed.append(held_bytes(self.cache))
         return y
 
-    def end_scale(self) -> None:
-        self.cache.end_scale()
+    def end_step(self) -> None:
+        self.cache.end_step()
         self.weighed.append(held_bytes(self.cache))
 
 

@@ -135,7 +135,7 @@ def test_cake(text: str, options: dict[str, object]) -> None:
         cache.attend(layer, q, k, v, SOFTMAX_SCALE)
         attended = cache.ledger.attended_tokens - attended
         if layer == LAYERS - 1:
-            cache.end_scale()
+            cache.end_step()
         found = places(oracle, scale, layer, q, k, 0)
         statistics = {where: rule.statistics(place) for where, place in found.items()}
         scores = {where: each[0] for where, each in statistics.items()}
@@ -179,7 +179,7 @@ def test_preferences_move_tokens_between_layers() -> None:
             break
         cache.attend(layer, q, k, v, SOFTMAX_SCALE)
         if layer == LAYERS - 1:
-            cache.end_scale()
+            cache.end_step()
     lengths = [table.lengths[0] for table in cache.tables]
     assert len(set(lengths)) > 1
     assert cache.pool.used == cache.pool.capacity == HEADS * sum(lengths)

@@ -153,7 +153,7 @@ def test_sums_weigh_what_they_are_charged() -> None:
             held = sum(sums.nbytes for sums in policy._sums if sums is not None)  # type: ignore[attr-defined]
             assert held == cache.pool.used * ROWS * policy.state_bytes
         if layer == GEOMETRY.num_layers - 1:
-            cache.end_scale()
+            cache.end_step()
     assert cache.ledger.alloc_bytes <= budget.ratio * GEOMETRY.full_bytes(ROWS)
 
 

@@ -282,7 +282,7 @@ def test_random_queries_are_seeded() -> None:
             for layer in range(TOY.num_layers):
                 q, k, v = torch.randn(3, 2, 4, tokens, 6, generator=g)
                 out.append(cache.attend(layer, 2 * q, k, v, 1.0).flatten())
-            cache.end_scale()
+            cache.end_step()
         return torch.cat(out)
 
     first, again, other = outputs(0), outputs(0), outputs(1)

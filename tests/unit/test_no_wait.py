@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from heatkv_cli.benchmarks.base import items_of
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
@@ -24,9 +25,8 @@ from heatkv_cli.methods.full import Full
 from heatkv_cli.methods.heatkv import HeatKV
 from heatkv_cli.methods.sinks import Sinks
 from heatkv_cli.methods.streaming import Streaming
-from heatkv_cli.models.base import Sampling
 from heatkv_cli.models.infinity.model import InfinityModel
-from heatkv_cli.models.infinity.sampling import draw_bits
+from heatkv_cli.models.infinity.sampling import Sampling, draw_bits
 from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConfig
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig, Text
 
@@ -113,8 +113,8 @@ def test_a_generation_never_waits(method: Method, text: str, patch: int) -> None
     with NoHiddenCopies(), NoBlockingCopies() as seen:
         trace = net.generate(prompts, SAMPLING, seam, generators, forced)
     assert seen.copies > 2 * GEOMETRY.num_scales  # noise and slots go there, without anybody waiting
-    assert [tuple(bits.shape) for bits in trace.bits] == [(2, n * patch, n * patch, 4) for n in range(1, 7)]
-    assert all(bits.device == META for bits in trace.bits)
+    assert [tuple(bits.shape) for bits in trace.codes] == [(2, n * patch, n * patch, 4) for n in range(1, 7)]
+    assert all(bits.device == META for bits in trace.codes)
 
 
 def test_text_goes_to_the_device_without_waiting() -> None:
@@ -127,7 +127,7 @@ def test_text_goes_to_the_device_without_waiting() -> None:
     net = model(1)
     net.text = Stored()
     with NoHiddenCopies(), NoBlockingCopies() as seen:
-        text = net.encode(["a", "b"])
+        text = net.encode(items_of("ab"))
     assert text.features.device == META and text.features.dtype == torch.float32 and seen.copies == 2
 
 

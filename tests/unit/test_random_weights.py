@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from heatkv_cli.benchmarks.base import items_of
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 
 import infinity_golden as golden
@@ -19,9 +21,10 @@ from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.full import Full
-from heatkv_cli.models.base import Sampling, Trace
+from heatkv_cli.models.base import Trace
 from heatkv_cli.models.infinity.model import InfinityModel
 from heatkv_cli.models.infinity.random_weights import TEXT_TOKENS, RandomText
+from heatkv_cli.models.infinity.sampling import Sampling
 from heatkv_cli.models.infinity.transformer import Text
 
 
@@ -37,7 +40,9 @@ def draw(model: InfinityModel, prompts: list[str]) -> Trace:
     cache = KVCache(geometry, policy, 2 * len(prompts), len(prompts), dtype)
     scales = geometry.num_scales
     generators = [torch.Generator().manual_seed(0) for _ in prompts]
-    return model.generate(model.encode(prompts), Sampling((3.0,) * scales, (1.0,) * scales), cache, generators)
+    return model.generate(
+        model.encode(items_of(prompts)), Sampling((3.0,) * scales, (1.0,) * scales), cache, generators
+    )
 
 
 def test_names_shapes_and_dtypes_are_those_of_a_loaded_model(tmp_path: Path) -> None:
@@ -63,7 +68,7 @@ def test_logits_are_finite_and_bits_vary(dtype: str) -> None:
     changed = type(geometry)(**{**geometry.__dict__, "dtype_bytes": width})
     model = load(dtype=dtype, geometry=changed)
     trace = draw(model, ["a", "b"])
-    logits, bits = (torch.cat([x.flatten(1).float() for x in part], 1) for part in (trace.logits, trace.bits))
+    logits, bits = (torch.cat([x.flatten(1).float() for x in part], 1) for part in (trace.logits, trace.codes))
     assert logits.isfinite().all() and 0.1 < logits.std() < 30
     assert 0.2 < bits.mean() < 0.8
     assert not torch.equal(bits[0], bits[1]), "the text decides nothing"
@@ -76,4 +81,4 @@ def test_text_has_one_length_and_depends_on_the_prompt() -> None:
     a, b, again = text.encode(["a", "b", "a"])
     assert a.shape == (5, 8) and torch.equal(a, again) and not torch.equal(a, b)
     assert Text.pack(text.encode(["a", "b"])).mask() is None
-    assert load().encode(["a"]).lengths == (min(TEXT_TOKENS, golden.TEXT_LENGTH),)
+    assert load().encode(items_of("a")).lengths == (min(TEXT_TOKENS, golden.TEXT_LENGTH),)

@@ -192,5 +192,5 @@ def test_observations_are_attention() -> None:
     for tokens in geometry.schedule.lengths:
         for layer in range(geometry.num_layers):
             cache.attend(layer, *torch.randn(3, 4, 3, tokens, 8), 0.3)
-        cache.end_scale()
+        cache.end_step()
     assert policy.seen

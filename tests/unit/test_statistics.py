@@ -66,7 +66,7 @@ def measure(rows: slice, policy: Policy | None = None) -> AttentionStatistics:
                 for a, b in zip((cond.q, cond.k, cond.v), (other.q, other.k, other.v), strict=True)
             )
             cache.attend(layer, q, k, v, SCALE)
-        cache.end_scale()
+        cache.end_step()
     return statistics
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from t5_files import write_t5
 from torch import Tensor
 
+from heatkv_cli.benchmarks.base import items_of
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 from heatkv_cli.models.infinity.text_t5 import T5Encoder
 from heatkv_cli.models.text_store import BATCH, StoredText, TextStore, encoder_sha256, find_features, is_features
@@ -254,13 +255,13 @@ def test_the_official_loader_stores_text(tmp_path: Path) -> None:
     source, prompts = write_t5(tmp_path / "t5", 256), ["a man", "a red circle"]
     both = {"transformer": net, "tokenizer": vae}
     model = files.load(net, vae, files=both | {"text": source})
-    model.prepare(prompts, tmp_path / "text")
-    condition = model.encode(prompts)
+    model.prepare(items_of(prompts), tmp_path / "text")
+    condition = model.encode(items_of(prompts))
     assert condition.features.dtype == torch.float32 and condition.lengths == (3, 4)
     (folder,) = (tmp_path / "text").iterdir()
     other = files.load(net, vae, files=both | {"text": folder})
-    other.prepare(prompts, tmp_path / "elsewhere")
-    assert torch.equal(other.encode(prompts).features, condition.features)
+    other.prepare(items_of(prompts), tmp_path / "elsewhere")
+    assert torch.equal(other.encode(items_of(prompts)).features, condition.features)
     polite = files.load(net, vae, files=both | {"text": folder}, positive_prompt=True)
     with pytest.raises(SetupError, match=r"1 prompts .'a man. very smooth faces"):
-        polite.prepare(prompts, tmp_path)
+        polite.prepare(items_of(prompts), tmp_path)

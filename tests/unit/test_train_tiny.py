@@ -16,8 +16,9 @@ from torch import Tensor
 
 import tiny_net
 import train_tiny
-from heatkv_cli.models.base import Sampling
+from heatkv_cli.benchmarks.base import items_of
 from heatkv_cli.models.infinity.load import load_bundled
+from heatkv_cli.models.infinity.sampling import Sampling
 from heatkv_cli.models.infinity.tokenizer import Tokenizer, TokenizerParams, quantise, resize
 from shapes_world import batch as world_batch
 from tiny_net import SIDES, SIZES, TRANSFORMER, FullAttention, Tiny, TrainingAttention, noisy_inputs, tiny_model
@@ -112,7 +113,7 @@ def test_the_whole_sequence_gives_the_logits_of_the_cache_path() -> None:
     rows = [model(ids, torch.full((4,), dropped), inputs, attention)[0] for dropped in (False, True)]
     assert (rows[0] - rows[1]).abs().max() > 0.1
     net = tiny_model(model.transformer, tokenizer, model.text)
-    text = net.encode([scene.caption for scene in scenes])
+    text = net.encode(items_of(scene.caption for scene in scenes))
     for cfg in (1.0, 2.5):
         sampling = Sampling((cfg,) * len(SIDES), PLAIN.tau)
         trace = net.generate(text, sampling, FullAttention(), None, forced)
@@ -212,7 +213,7 @@ def check_export(out: Path, average: dict[str, Tensor]) -> None:
     for part in ("transformer", "text"):
         for name, value in getattr(loaded, part).state_dict().items():
             assert torch.equal(value, average[f"{part}.{name}"].half().float()), name
-    text = loaded.encode(["two red circles"])
+    text = loaded.encode(items_of(["two red circles"]))
     trace = loaded.generate(text, tiny_net.SAMPLING, FullAttention(), [torch.Generator().manual_seed(0)])
     assert loaded.decode(trace.latent).shape == (1, 80, 80, 3)
     again = out / "again"

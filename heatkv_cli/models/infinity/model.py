@@ -14,9 +14,9 @@ from torch import Tensor
 
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.core.timeline import at_scale
-from heatkv_cli.models.base import Cache, Sampling, Trace
+from heatkv_cli.models.base import Cache, Item, Trace
 from heatkv_cli.models.infinity.rope import rope_table
-from heatkv_cli.models.infinity.sampling import draw_bits
+from heatkv_cli.models.infinity.sampling import Sampling, bit_kl, draw_bits
 from heatkv_cli.models.infinity.tokenizer import Tokenizer, resize
 from heatkv_cli.models.infinity.transformer import Conditioning, Infinity, Text
 
@@ -53,13 +53,13 @@ class InfinityModel:
         table = rope_table(geometry.head_dim, geometry.schedule.sizes, rope_base, rope_mode)
         self.rope = table.to(transformer.pos_start.device)
 
-    def prepare(self, prompts: Sequence[str], root: Path) -> None:
+    def prepare(self, items: Sequence[Item], root: Path) -> None:
         """See `ImageModel.prepare`."""
-        self._encoder.prepare(prompts, root)
+        self._encoder.prepare([item.prompt for item in items], root)
 
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Prompts -> text features of the conditional rows, float32."""
-        rows = self._encoder.encode(prompts)
+    def encode(self, items: Sequence[Item]) -> Text:
+        """Return the text features of the conditional rows, float32."""
+        rows = self._encoder.encode([item.prompt for item in items])
         return Text.pack([row.to(self.rope.device, torch.float32, non_blocking=True) for row in rows])
 
     @property
@@ -95,23 +95,20 @@ class InfinityModel:
         """See `ImageModel.generate`. `negative`: text features that take the place of the learned unconditional text.
 
         Raises:
-            ValueError: no generators although a scale is not forced, or not one cfg and tau a scale.
+            ValueError: no generators although a scale is not forced, or a sampling that is not spelled out.
         """
         schedule, batch = self.geometry.schedule, len(condition.lengths)
-        if not len(sampling.cfg) == len(sampling.tau) == schedule.num_scales:
-            raise ValueError(f"{len(sampling.cfg)} cfg and {len(sampling.tau)} tau for {schedule.num_scales} scales")
         cond = self._condition(condition, sampling, negative)
         depth = self.geometry.num_layers
         latent_size = self.codes.grid(schedule.sizes[-1])
         latent = torch.zeros(batch, self.codes.bits, *latent_size, device=self.rope.device)
         x, bits_of, logits_of = self.transformer.start(cond), [], []
-        for s, size in enumerate(schedule.sizes):
+        for s, (size, (cfg, tau)) in enumerate(zip(schedule.sizes, sampling.strengths(), strict=True)):
             at_scale(s)
-            cfg = sampling.cfg[s]
             guide = {depth + n: cfg for n in sampling.guide_layers if n < 0} if cfg != 1 else None
             rope = self.rope[:, schedule.offsets[s] : schedule.offsets[s + 1]]
             hidden = self.transformer.blocks(x, s, cond, rope, cache, guide)
-            cache.end_scale()
+            cache.end_step()
             if cfg != 1 and 0 in sampling.guide_layers:
                 yes, no = self.transformer.logits(hidden, cond).chunk(2)
                 logits = cfg * yes + (1 - cfg) * no
@@ -120,7 +117,7 @@ class InfinityModel:
             logits_of.append(logits[..., 1] - logits[..., 0])
             fixed = forced[s] if s < len(forced) else None
             if generators is not None:
-                drawn = draw_bits(logits / sampling.tau[s], sampling.top_k, sampling.top_p, generators)
+                drawn = draw_bits(logits / tau, sampling.top_k, sampling.top_p, generators)
                 bits = self.codes.to_grid(drawn, size)
             if fixed is not None:
                 bits = fixed.to(x.device, non_blocking=True)
@@ -133,6 +130,10 @@ class InfinityModel:
                 x = self.transformer.embed(tokens).repeat(len(cond.sos) // batch, 1, 1)
         at_scale(None)
         return Trace(tuple(bits_of), tuple(logits_of), latent)
+
+    def divergence(self, full: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, float]:
+        """Return KL(full || other) per bit in nats, see `bit_kl`."""
+        return bit_kl(full, other)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, d, H, W) -> RGB uint8 (B, height, width, 3).
