@@ -143,7 +143,7 @@ class Recorder:
         self.k[layer], self.v[layer] = k, v
         return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
 
-    def end_scale(self) -> None:
+    def end_step(self) -> None:
         self.ended += 1
 
 

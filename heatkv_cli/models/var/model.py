@@ -80,7 +80,7 @@ class VarModel:
         for s, size in enumerate(sizes):
             at_scale(s)
             hidden = net.run(x, cond, cache)
-            cache.end_scale()
+            cache.end_step()
             logits = net.logits(hidden, cond)
             if sampling.guided:
                 logits = guide(logits, sampling.guidance(s, scales))
