@@ -142,7 +142,7 @@ def _check_model(run: RunConfig, plan: Plan, resolver: Resolver, ready: Ready) -
     if run.model.weights.place == "package":  # a few megabytes: loading it checks its file and its words
         model = _gather(ready, _loaded, run, resolver)
         for prompts in () if model is None else found:
-            _gather(ready, model.prepare, [item.prompt for item in prompts.items], run.text_root)  # type: ignore[union-attr]
+            _gather(ready, model.prepare, prompts.items, run.text_root)  # type: ignore[union-attr]
     asked_twice = run.yes or plan.dry_run or plan.command not in DRAWING
     if run.runtime.device == "cpu" and not asked_twice and large(run):
         count = sum(len(prompts) for prompts in found) * len(plan.runs)
