@@ -19,18 +19,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fashion_net import (
-    CLASSES,
     DATA,
     GEOMETRY,
     SAMPLING,
     SIZES,
     TOKENIZER,
     TRANSFORMER,
-    Classifier,
     pixels,
     read_fashion,
 )
 from fashion_score import grey, sample, score
+from heatkv_cli.metrics.fashion.network import CLASSES, Classifier
 from heatkv_cli.models.var.load import load
 from heatkv_cli.models.var.model import VarModel
 from train_tiny_var import ASSETS

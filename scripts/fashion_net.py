@@ -1,7 +1,7 @@
-"""tiny-var as it is trained: the data set, sizes, the classifier, whole-sequence attention.
+"""tiny-var as it is trained: the data set, sizes, whole-sequence attention.
 
-Used by `train_tiny_var.py`. Tokenizer and transformer are the package's own; what is here exists only in training, but
-for the classifier, whose weights ship with the model.
+Used by `train_tiny_var.py`. Tokenizer, transformer and classifier are the package's own; what is here exists only in
+training.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
+from heatkv_cli.metrics.fashion.network import CLASSES
 from heatkv_cli.models.var.model import VarModel
-from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.models.var.sampling import Sampling
 from heatkv_cli.models.var.tokenizer import Quantiser, Tokenizer, TokenizerConfig, shrink, tokens
 from heatkv_cli.models.var.transformer import Var, VarConfig
 from tiny_net import BlockCausal
 
-CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SIDES = (1, 2, 3, 4, 5, 6, 8)
 SIZES = tuple((p, p) for p in SIDES)
 TOKENIZER = TokenizerConfig(
@@ -42,7 +42,7 @@ TRANSFORMER = VarConfig(
 GEOMETRY = Geometry(
     "tiny-var", TRANSFORMER.depth, TRANSFORMER.heads, TRANSFORMER.head_dim, ScaleSchedule(SIZES), sink_scales=1
 )
-SAMPLING = VarSampling(cfg=1.5, top_k=0, top_p=0.96)
+SAMPLING = Sampling(cfg=1.5, top_k=0, top_p=0.96)
 MERGED_SCALES = 4  # these small scales share one masked product in training
 DATA = Path("/usr/share/datasets/fashion-mnist")
 HOW = f"apt-get install dataset-fashion-mnist puts it into {DATA}"
@@ -70,29 +70,6 @@ def read_fashion(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 def pixels(images: Tensor) -> Tensor:
     """uint8 (n, 1, 32, 32) -> RGB in [-1, 1] (n, 3, 32, 32)."""
     return images.float().div(127.5).sub(1).expand(-1, 3, -1, -1)
-
-
-class Classifier(nn.Module):
-    """Pictures -> features and logits of the ten classes: the judge of tiny-var's pictures."""
-
-    FEATURES = 64
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (1, 32, 64, 64, self.FEATURES)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
-        self.head = nn.Linear(self.FEATURES, len(CLASSES))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Grey pictures (n, 1, 32, 32) in [0, 1] -> features (n, 64), the mean over positions, and logits (n, 10)."""
-        x = images
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = F.relu(norm(conv(x)))
-            if i < 3:
-                x = F.max_pool2d(x, 2)
-        features = x.mean((2, 3))
-        return features, self.head(features)
 
 
 def new_transformer() -> Var:

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from fashion_net import CLASSES, Classifier
+from heatkv_cli.metrics.fashion.network import CLASSES, Classifier
 from heatkv_cli.models.var.model import VarModel
-from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.models.var.sampling import Sampling
 from tiny_net import FullAttention
 
 
@@ -21,7 +21,7 @@ def grey(pictures: Tensor) -> Tensor:
     return pictures.float().mean(-1).round().byte()[:, None]
 
 
-def sample(model: VarModel, per_class: int, sampling: VarSampling) -> tuple[Tensor, Tensor]:
+def sample(model: VarModel, per_class: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Grey pictures uint8 (n, 1, 32, 32) and their classes: the first of every class, the second, and so on."""
     classes, pictures = torch.arange(len(CLASSES)).repeat(per_class), []
     for start in range(0, len(classes), 50):

@@ -30,13 +30,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import heatkv_cli
 from fashion_net import (
-    CLASSES,
     DATA,
     SAMPLING,
     SIDES,
     SIZES,
     TOKENIZER,
-    Classifier,
     TrainingAttention,
     forward,
     new_transformer,
@@ -46,6 +44,7 @@ from fashion_net import (
     tiny_var,
 )
 from fashion_score import judge, sample, score
+from heatkv_cli.metrics.fashion.network import CLASSES, Classifier
 from heatkv_cli.models.var.load import save_bundle
 from heatkv_cli.models.var.tokenizer import Tokenizer, shrink
 from heatkv_cli.models.var.transformer import Block, Var

@@ -17,7 +17,7 @@ from heatkv_cli.models.var import model as model_module
 from heatkv_cli.models.var import sampling as sampling_module
 from heatkv_cli.models.var import tokenizer as tokenizer_module
 from heatkv_cli.models.var import transformer as transformer_module
-from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.models.var.sampling import Sampling
 from heatkv_cli.models.var.tokenizer import Quantiser, Size, _Phi
 from heatkv_cli.models.var.transformer import Block, FeedForward, SelfAttention, Var, VarConfig, linear
 
@@ -87,11 +87,11 @@ def guidance_of_weight_t(patch: Patch) -> None:
 
 
 def guidance_without_ramp(patch: Patch) -> None:
-    patch.setattr(VarSampling, "guidance", lambda self, scale, scales: self.cfg)
+    patch.setattr(Sampling, "guidance", lambda self, scale, scales: self.cfg)
 
 
 def ramp_over_one_scale_more(patch: Patch) -> None:
-    patch.setattr(VarSampling, "guidance", lambda self, scale, scales: self.cfg * scale / scales)
+    patch.setattr(Sampling, "guidance", lambda self, scale, scales: self.cfg * scale / scales)
 
 
 def bilinear_codes(patch: Patch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from var_golden import ABSENT, HERE, RUNS, Recorder, Run, gap, tensor
 
 from heatkv_cli.models.var.model import VarModel
-from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.models.var.sampling import Sampling
 from heatkv_cli.models.var.tokenizer import Tokenizer, TokenizerConfig
 from heatkv_cli.models.var.transformer import Var, VarConfig
 
@@ -62,7 +62,7 @@ class Case:
     sides: tuple[int, ...] = FIVE
     shared: bool = False
     l2_norm: bool = True
-    sampling: VarSampling = VarSampling(1.5, True, 1, 0.0)  # noqa: RUF009 - frozen
+    sampling: Sampling = Sampling(1.5, True, 1, 0.0)  # noqa: RUF009 - frozen
 
 
 CASES = {
@@ -71,13 +71,13 @@ CASES = {
     "shared": Case(shared=True),
     "no unit queries": Case(l2_norm=False),
     "shared, no unit queries": Case(shared=True, l2_norm=False),
-    "no guidance": Case(sampling=VarSampling(0.0, True, 0, 0.0)),
-    "no ramp": Case(sampling=VarSampling(1.0, False, 0, 0.0)),
-    "top-k": Case(sampling=VarSampling(1.5, True, 7, 0.0)),
-    "top-p": Case(sampling=VarSampling(3.0, True, 0, 0.8)),
-    "both, shared": Case(shared=True, sampling=VarSampling(4.0, True, 20, 0.9)),
-    "smooth": Case(sampling=VarSampling(1.5, True, 0, 0.0, more_smooth=True)),
-    "smooth, filtered, shared": Case(TEN, shared=True, sampling=VarSampling(1.5, True, 20, 0.9, more_smooth=True)),
+    "no guidance": Case(sampling=Sampling(0.0, True, 0, 0.0)),
+    "no ramp": Case(sampling=Sampling(1.0, False, 0, 0.0)),
+    "top-k": Case(sampling=Sampling(1.5, True, 7, 0.0)),
+    "top-p": Case(sampling=Sampling(3.0, True, 0, 0.8)),
+    "both, shared": Case(shared=True, sampling=Sampling(4.0, True, 20, 0.9)),
+    "smooth": Case(sampling=Sampling(1.5, True, 0, 0.0, more_smooth=True)),
+    "smooth, filtered, shared": Case(TEN, shared=True, sampling=Sampling(1.5, True, 20, 0.9, more_smooth=True)),
 }
 
 
@@ -141,14 +141,14 @@ def test_a_setting(name: str) -> None:
 def test_smoothing_changes_the_latent_and_not_the_first_codes() -> None:
     smooth, plain = (build(Case()) for _ in range(2))
     classes = torch.tensor([2, 4])
-    with_it = smooth.generate(classes, VarSampling(1.5, True, 0, 0.0, True), Recorder(), generators())
-    without = plain.generate(classes, VarSampling(1.5, True, 0, 0.0), Recorder(), generators())
+    with_it = smooth.generate(classes, Sampling(1.5, True, 0, 0.0, True), Recorder(), generators())
+    without = plain.generate(classes, Sampling(1.5, True, 0, 0.0), Recorder(), generators())
     assert torch.equal(with_it.codes[0], without.codes[0])
     assert gap(with_it.latent, without.latent) > 0.01
 
 
 def test_an_image_does_not_depend_on_its_neighbours() -> None:
-    model, sampling = build(Case()), VarSampling(1.5, True, 0, 0.9)
+    model, sampling = build(Case()), Sampling(1.5, True, 0, 0.9)
     both = model.generate(torch.tensor([2, 4]), sampling, Recorder(), generators())
     alone = model.generate(torch.tensor([4]), sampling, Recorder(), generators()[1:])
     assert all(torch.equal(a[1:], b) for a, b in zip(both.codes, alone.codes, strict=True))
@@ -158,10 +158,10 @@ def test_an_image_does_not_depend_on_its_neighbours() -> None:
 @pytest.mark.parametrize("smooth", [False, True])
 def test_forced_codes_decide_the_latent(smooth: bool) -> None:
     """Forced, the run repeats itself without generators; with them the other scales draw what they drew."""
-    model, plain = build(Case()), VarSampling(1.5, True, 0, 0.9)
+    model, plain = build(Case()), Sampling(1.5, True, 0, 0.9)
     classes = torch.tensor([2, 4])
     first = model.generate(classes, plain, Recorder(), generators())
-    sampling = VarSampling(1.5, True, 0, 0.9, smooth)
+    sampling = Sampling(1.5, True, 0, 0.9, smooth)
     again = model.generate(classes, sampling, Recorder(), None, first.codes)
     assert gap(first.latent, again.latent) == 0
     assert all(torch.equal(a, b) for a, b in zip(first.logits, again.logits, strict=True))

@@ -24,8 +24,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
-from heatkv_cli.models.var.model import VarModel, VarTrace
-from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.models.base import Trace
+from heatkv_cli.models.var.model import VarModel
+from heatkv_cli.models.var.sampling import Sampling
 from heatkv_cli.models.var.tokenizer import Tokenizer, TokenizerConfig
 from heatkv_cli.models.var.transformer import Var, VarConfig
 
@@ -163,9 +164,9 @@ class Run:
         return torch.tensor(self.settings["label_B"])
 
     @property
-    def sampling(self) -> VarSampling:
+    def sampling(self) -> Sampling:
         s = self.settings
-        return VarSampling(s["cfg"], True, s["top_k"], s["top_p"], s["more_smooth"])
+        return Sampling(s["cfg"], True, s["top_k"], s["top_p"], s["more_smooth"])
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -185,7 +186,7 @@ class Run:
 class Result:
     """A run of this package: its trace, and per scale the head's output and input and the next scale's latent."""
 
-    trace: VarTrace
+    trace: Trace
     raw: list[Tensor] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
@@ -195,7 +196,7 @@ def generate(
     run: Run, cache: Any, forced: bool, model: VarModel | None = None, classes: Tensor | None = None
 ) -> Result:
     """Run it with its own seed, or with its recorded codes; the transformer's ends are recorded."""
-    model, result = model or run.build(), Result(VarTrace((), (), torch.empty(0)))
+    model, result = model or run.build(), Result(Trace((), (), torch.empty(0)))
     net = model.transformer
     with pytest.MonkeyPatch.context() as patch:
         embed, logits = net.embed, net.logits

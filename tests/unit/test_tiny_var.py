@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from check_tiny_var import shipped
-from fashion_net import CLASSES, SAMPLING
+from fashion_net import SAMPLING
 from fashion_score import grey, judge, score
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.full import Full
-from heatkv_cli.models.var.model import VarTrace
+from heatkv_cli.metrics.fashion.network import CLASSES
+from heatkv_cli.models.base import Trace
 from tiny_net import FullAttention
 from train_tiny_var import ASSETS
 
@@ -26,7 +27,7 @@ COPIES = 4
 
 
 @cache
-def drawn(through: str) -> VarTrace:
+def drawn(through: str) -> Trace:
     """Pictures of all classes in turn: through the package's cache, or with attention that keeps everything."""
     model = shipped(ASSETS)[0]
     classes = torch.arange(len(CLASSES)).repeat(COPIES)

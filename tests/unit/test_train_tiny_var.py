@@ -20,12 +20,10 @@ import check_tiny_var
 import fashion_net
 import train_tiny_var
 from fashion_net import (
-    CLASSES,
     SIDES,
     SIZES,
     TOKENIZER,
     TRANSFORMER,
-    Classifier,
     TrainingAttention,
     forward,
     new_transformer,
@@ -34,7 +32,8 @@ from fashion_net import (
     tiny_var,
 )
 from fashion_score import frechet, judge, score
-from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.metrics.fashion.network import CLASSES, Classifier
+from heatkv_cli.models.var.sampling import Sampling
 from heatkv_cli.models.var.tokenizer import Tokenizer
 from heatkv_cli.models.var.transformer import Var
 from tiny_net import FullAttention
@@ -111,7 +110,7 @@ def test_the_whole_sequence_gives_the_logits_of_the_cache_path() -> None:
     assert (yes - no).abs().max() > 0.1
     model = tiny_var(net, tokenizer)
     for cfg in (0.0, 1.5):
-        trace = model.generate(classes, VarSampling(cfg), FullAttention(), None, codes)
+        trace = model.generate(classes, Sampling(cfg), FullAttention(), None, codes)
         t = torch.cat([torch.full((p * p, 1), cfg * s / (len(SIDES) - 1)) for s, p in enumerate(SIDES)])
         torch.testing.assert_close(torch.cat(trace.logits, 1), (1 + t) * yes - t * no, atol=1e-4, rtol=1e-4)
 

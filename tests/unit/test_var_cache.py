@@ -20,8 +20,9 @@ from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.policy import Policy
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.methods.base import Method, Setting
-from heatkv_cli.models.var.model import VarModel, VarTrace
-from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.models.base import Trace
+from heatkv_cli.models.var.model import VarModel
+from heatkv_cli.models.var.sampling import Sampling
 from heatkv_cli.models.var.tokenizer import Tokenizer, TokenizerConfig
 from heatkv_cli.models.var.transformer import Var, VarConfig
 from tiny_net import FullAttention
@@ -29,7 +30,7 @@ from tiny_net import FullAttention
 SIZES = tuple((p, p) for p in (1, 2, 3, 4, 5, 6))
 GEOMETRY = Geometry("small-var", 4, 4, 8, ScaleSchedule(SIZES), 1)
 CLASSES = torch.tensor([0, 6, 3])
-GUIDED, PLAIN = VarSampling(2.0, True, 20, 0.9), VarSampling(0.0, True, 20, 0.9)
+GUIDED, PLAIN = Sampling(2.0, True, 20, 0.9), Sampling(0.0, True, 20, 0.9)
 VARIANTS = {"usual": (False, True), "shared": (True, True), "no unit queries": (False, False)}
 
 
@@ -53,7 +54,7 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(100 + i) for i in range(len(CLASSES))]
 
 
-def plain(sampling: VarSampling = GUIDED, variant: str = "usual") -> VarTrace:
+def plain(sampling: Sampling = GUIDED, variant: str = "usual") -> Trace:
     return model(variant).generate(CLASSES, sampling, FullAttention(), generators())
 
 
@@ -79,7 +80,7 @@ def method(name: str) -> Method:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("sampling", [GUIDED, PLAIN], ids=["guided", "plain"])
-def test_the_full_cache_changes_nothing(variant: str, sampling: VarSampling) -> None:
+def test_the_full_cache_changes_nothing(variant: str, sampling: Sampling) -> None:
     net = model(variant)
     kv = kv_cache(method("full"), "1", net.rows(len(CLASSES), sampling))
     trace, wanted = net.generate(CLASSES, sampling, kv, generators()), plain(sampling, variant)

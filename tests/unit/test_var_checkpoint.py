@@ -16,7 +16,7 @@ from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 from heatkv_cli.models.var.load import load, networks, save_bundle
 from heatkv_cli.models.var.model import VarModel
-from heatkv_cli.models.var.sampling import VarSampling
+from heatkv_cli.models.var.sampling import Sampling
 from heatkv_cli.models.var.tokenizer import Tokenizer, TokenizerConfig
 from heatkv_cli.models.var.transformer import Var, VarConfig
 
@@ -93,7 +93,7 @@ def test_a_container_gives_the_weights(tmp_path: Path, container: Any, shared: b
     assert same(model.transformer, net) and same(model.tokenizer, pixels)
     everything = [*model.transformer.state_dict().values(), *model.tokenizer.state_dict().values()]
     assert not any(t.is_meta or t.requires_grad for t in everything)
-    trace = model.generate(torch.tensor([0, 2]), VarSampling(), Recorder(), [torch.Generator()] * 2)
+    trace = model.generate(torch.tensor([0, 2]), Sampling(), Recorder(), [torch.Generator()] * 2)
     assert model.decode(trace.latent).shape == (2, 6, 6, 3)
 
 
@@ -113,7 +113,7 @@ def test_blocks_in_the_models_dtype_and_the_rest_in_float32(tmp_path: Path, dtyp
     assert {t.dtype for t in model.tokenizer.state_dict().values()} == {torch.float32}
     cache = Recorder()
     codes = [torch.zeros(1, h * w, dtype=torch.int64) for h, w in SIZES]
-    classes, sampling = torch.tensor([1]), VarSampling()
+    classes, sampling = torch.tensor([1]), Sampling()
     rounded = model.generate(classes, sampling, cache, None, codes).logits[-1]
     whole = exact.generate(classes, sampling, Recorder(), None, codes).logits[-1]
     assert rounded.dtype == torch.float32 and cache.k[0].dtype == cache.v[0].dtype == getattr(torch, dtype)
@@ -132,7 +132,7 @@ def test_a_bundle_comes_back_in_half_precision(tmp_path: Path) -> None:
 
 def test_random_weights_run() -> None:
     model = load(geometry(), {}, **SETTINGS)
-    trace = model.generate(torch.tensor([0]), VarSampling(), Recorder(), [torch.Generator().manual_seed(0)])
+    trace = model.generate(torch.tensor([0]), Sampling(), Recorder(), [torch.Generator().manual_seed(0)])
     assert isinstance(model, VarModel) and trace.latent.isfinite().all()
     assert same(model.transformer, load(geometry(), {}, **SETTINGS).transformer)
 

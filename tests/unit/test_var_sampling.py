@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heatkv_cli.errors import ConfigError
-from heatkv_cli.models.var.sampling import VarSampling, draw, filter_logits, guide, smooth, token_kl
+from heatkv_cli.errors import ConfigError, ConfigErrors
+from heatkv_cli.models.var.sampling import Sampling, draw, filter_logits, guide, smooth, token_kl
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 
@@ -44,17 +45,47 @@ def test_filters_leave_their_input_alone() -> None:
 
 
 def test_guidance_ramps_with_the_index_of_the_scale() -> None:
-    assert [VarSampling(1.5).guidance(s, 4) for s in range(4)] == [0.0, 0.5, 1.0, 1.5]
-    assert [VarSampling(1.5, ramp=False).guidance(s, 4) for s in range(4)] == [1.5] * 4
+    assert [Sampling(1.5).guidance(s, 4) for s in range(4)] == [0.0, 0.5, 1.0, 1.5]
+    assert [Sampling(1.5, ramp=False).guidance(s, 4) for s in range(4)] == [1.5] * 4
     yes, no = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 1.0]]])
     assert torch.equal(guide(torch.cat((yes, no)), 0.5), torch.tensor([[[0.0, 2.5]]]))
-    assert not VarSampling(0.0).guided and VarSampling(0.1).guided
+    assert not Sampling(0.0).guided and Sampling(0.1).guided
 
 
-@pytest.mark.parametrize("wrong", [{"cfg": -1.0}, {"top_k": -1}, {"top_p": 1.5}, {"top_p": -0.1}])
-def test_knobs_outside_their_range(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="sampling:"):
-        VarSampling(**wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cfg": -1.0},
+        {"cfg": 1001.0},
+        {"cfg": (1.0, 2.0), "ramp": False},
+        {"cfg": (1.0, 2.0, 3.0), "ramp": True},
+        {"top_k": -1},
+        {"top_p": 1.5},
+        {"top_p": -0.1},
+    ],
+)
+def test_knobs_outside_their_range(wrong: dict[str, Any]) -> None:
+    key = "ramp" if wrong.get("ramp") else next(iter(wrong))
+    with pytest.raises(ConfigError, match=rf"^model\.sampling\.{key} is ") as caught:
+        Sampling(**wrong).spelled(3, 2)
+    assert caught.value.hint
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        Sampling(cfg=-1.0, top_k=-1).spelled(3, 2)
+    assert [error.message.split()[0] for error in caught.value.errors] == ["model.sampling.cfg", "model.sampling.top_k"]
+
+
+def test_spelled_is_one_strength_a_scale() -> None:
+    """A ramp becomes its values, twice is once, and what a scale gets stays the same."""
+    for sampling in (Sampling(1.5), Sampling(1.5, ramp=False), Sampling((0.0, 2.0, 1.0, 3.0), ramp=False)):
+        spelled = sampling.spelled(4, 2)
+        assert spelled.cfg == tuple(sampling.guidance(s, 4) for s in range(4)) and not spelled.ramp
+        assert spelled.spelled(4, 2) == spelled
+        assert spelled.guided and spelled.at([0, 2]).cfg == (spelled.guidance(0, 4), spelled.guidance(2, 4))
+    assert not Sampling(0.0).spelled(4, 2).guided
+    assert Sampling((2.0,), ramp=False).spelled(3, 2).cfg == (2.0, 2.0, 2.0)
 
 
 def test_draws_follow_the_probabilities() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.errors import ArtifactError
+from heatkv_cli.models.base import Sketch
 from heatkv_cli.models.infinity.containers import Entry, open_checkpoint
 from heatkv_cli.models.infinity.load import check_width
 from heatkv_cli.models.infinity.random_weights import random_entries
@@ -93,6 +94,26 @@ def load(
     load_transformer(net_path, net_file, net, getattr(torch, dtype), device)
     load_tokenizer(pixel_path, pixel_file, pixels, device)
     return VarModel(geometry, net, pixels)
+
+
+def sketch(
+    geometry: Geometry,
+    dtype: Dtype,
+    width: int,
+    tokenizer: TokenizerConfig,
+    classes: int = 1000,
+    shared: bool = False,
+    l2_norm: bool = True,
+) -> Sketch:
+    """The model without weights, for byte plans; arguments as in `load`."""
+    net, pixels = networks(geometry, width, classes, shared, l2_norm, tokenizer)
+    net.blocks.to(getattr(torch, dtype))  # as `load_transformer` fills them
+    for part in (net, pixels):
+        part.eval().requires_grad_(False)
+    parts: dict[str, nn.Module] = {"transformer": net, "tokenizer": pixels}
+    return Sketch(
+        VarModel(geometry, net, pixels), parts, lambda batch: torch.zeros(batch, dtype=torch.int64, device="meta"), 0
+    )
 
 
 def _open(

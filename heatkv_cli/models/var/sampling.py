@@ -7,53 +7,82 @@ use in `autoregressive_infer_cfg`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from heatkv_cli.core.timeline import staged
-from heatkv_cli.errors import ConfigError
+from heatkv_cli.errors import ConfigError, raise_all
+
+PerScale = float | tuple[float, ...]
+"""One number for all scales, or one per scale."""
+
+LARGEST = 1000.0
+"""Guidance beyond it is a slip."""
 
 
 @dataclass(frozen=True)
-class VarSampling:
+class Sampling:
     """Every knob that decides which index is drawn.
 
     Args:
-        cfg: guidance t of the last scale; logits are (1 + t) * cond - t * uncond. 0 is off.
+        cfg: guidance t; logits are (1 + t) * cond - t * uncond. 0 is off.
         ramp: t grows from 0 at the first scale to `cfg` at the last, in proportion to the scale's index, as upstream
-            does; else it is `cfg` at every scale.
+            does; else it is `cfg` at every scale, or each scale's own.
         top_k: keep the k largest logits and those equal to the k-th; 1 is greedy, 0 is off.
         top_p: drop the rarest indices whose probabilities, summed upwards, are at most 1 - top_p; 0 is off.
         more_smooth: the next scale reads a mixture of codes (Gumbel softmax) instead of the code that was drawn.
-            For looks: it is not a sample of the model.
-
-    Raises:
-        ConfigError: a negative number, or top_p above 1.
+            For looks: it is not a sample of the model, and its codes alone do not make the same image again.
     """
 
-    cfg: float = 1.5
+    cfg: PerScale = 1.5
     ramp: bool = True
     top_k: int = 900
     top_p: float = 0.96
     more_smooth: bool = False
 
-    def __post_init__(self) -> None:
-        if self.cfg < 0 or self.top_k < 0 or not 0 <= self.top_p <= 1:
-            raise ConfigError(
-                f"sampling: cfg {self.cfg}, top_k {self.top_k}, top_p {self.top_p}",
-                "cfg and top_k are at least 0, top_p is in 0..1",
-            )
-
     @property
     def guided(self) -> bool:
         """Whether guidance rows are in the batch."""
-        return self.cfg != 0
+        return any(t != 0 for t in _listed(self.cfg))
 
     def guidance(self, scale: int, scales: int) -> float:
         """t of a scale."""
+        if isinstance(self.cfg, tuple):
+            return self.cfg[scale]
         return self.cfg * scale / (scales - 1) if self.ramp else self.cfg
+
+    def spelled(self, num_scales: int, num_layers: int) -> Self:
+        """See `models.base.Sampling.spelled`; the ramp becomes one value per scale."""
+        each = isinstance(self.cfg, tuple)
+        wrong = {
+            "cfg": (
+                all(0 <= t <= LARGEST for t in _listed(self.cfg)) and len(_listed(self.cfg)) in (1, num_scales),
+                f"0 (off) to {LARGEST:g}, one value, or one per scale: {num_scales}",
+            ),
+            "ramp": (not (each and self.ramp), "a ramp has one cfg, that of its last scale: model.sampling.ramp=false"),
+            "top_k": (0 <= self.top_k <= 10**6, "0 is off, 1 is greedy"),
+            "top_p": (0 <= self.top_p <= 1, "0 is off, else the share of probability that is kept, up to 1"),
+        }
+        raise_all(
+            [
+                ConfigError(f"model.sampling.{key} is {getattr(self, key)!r}", hint)
+                for key, (good, hint) in wrong.items()
+                if not good
+            ]
+        )
+        one = replace(self, cfg=self.cfg[0]) if isinstance(self.cfg, tuple) and len(self.cfg) == 1 else self
+        return replace(one, cfg=tuple(one.guidance(s, num_scales) for s in range(num_scales)), ramp=False)
+
+    def at(self, scales: Sequence[int]) -> Self:
+        """See `models.base.Sampling.at`."""
+        return replace(self, cfg=tuple(_listed(self.cfg)[s] for s in scales))
+
+
+def _listed(values: PerScale) -> tuple[float, ...]:
+    return values if isinstance(values, tuple) else (values,)
 
 
 def guide(logits: Tensor, t: float) -> Tensor:
@@ -130,7 +159,7 @@ def token_kl(full: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, float
     for t, pair in enumerate(zip(full, other, strict=True)):
         if t == 0:
             continue
-        p, q = (logits.double().log_softmax(-1) for logits in pair)
+        p, q = (logits.double().cpu().log_softmax(-1) for logits in pair)
         kl = (p.exp() * (p - q)).sum(-1)
         each[f"kl_s{t}"] = kl.mean().item()
         total, count = total + kl.sum().item(), count + kl.numel()
