@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import pytest
 import torch
 from torch import nn
 
+from heatkv_cli.config import compose
 from heatkv_cli.models.var.checkpoint import HITS, LEVELS, MASK, identify
 from heatkv_cli.models.var.tokenizer import Tokenizer, TokenizerConfig, phi_table
 from heatkv_cli.models.var.transformer import Var, VarConfig
+from heatkv_cli.planning.job import geometry_of, sketch_of
 
 pytestmark = pytest.mark.golden
 
@@ -70,6 +73,19 @@ def test_the_keys_of_the_tokenizer() -> None:
     counts = [sum(p.numel() for p in part.parameters()) for part in (net.encoder, net.decoder, net)]
     assert counts == [44_107_872, 64_653_923, 108_948_355]
     assert net.config.stride == 16
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_yaml_of_a_model_makes_its_official_file(name: str) -> None:
+    model = compose([f"model={'var-d36-s' if name == 'var_d36' else name.replace('_', '-')}"]).first.model
+    networks = sketch_of(model, geometry_of(model)).networks
+    files = {file.role: file for file in model.weights.files}
+    for role, stem in (("transformer", name), ("tokenizer", "vae_ch160v4096z32")):
+        wanted = {key: shape for key, shape in TABLE[stem].items() if key not in (LEVELS, MASK, HITS)}
+        assert shapes(networks[role]) == wanted
+        assert files[role].name == f"{stem}.pth" and files[role].hub == f"FoundationVision/var/{stem}.pth"
+        size = 4 * sum(math.prod(shape) for shape in TABLE[stem].values())  # bar the scale of each token, 8 bytes each
+        assert files[role].bytes == pytest.approx(size, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", TABLE)
