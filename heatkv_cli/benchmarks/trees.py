@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image as Pixels
+from PIL import Image
 
 from heatkv_cli.benchmarks.base import ORIGINAL, PromptItem
 from heatkv_cli.benchmarks.formats import STYLES
@@ -141,7 +141,7 @@ def write_hpsv2(pictures: Iterable[Picture], folder: Path, jpeg_quality: int | N
             _link(picture.file, target)
         else:
             buffer = io.BytesIO()
-            with Pixels.open(picture.file) as opened:
+            with Image.open(picture.file) as opened:
                 opened.convert("RGB").save(buffer, "JPEG", quality=jpeg_quality)
             write_file(target, buffer.getvalue())
         written += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -73,6 +73,10 @@ Shard = Annotated[Optional[str], typer.Option("--shard", help="Share the work: t
 Orders = Annotated[
     Optional[str], typer.Option("--orders", help="Removal orders in the upstream file format.", metavar="FILE")
 ]
+Plugin = Annotated[
+    Optional[str],
+    typer.Option("--plugin", help="Python file with a method of your own: method=STEM:Class.", metavar="FILE"),
+]
 Out = Annotated[Optional[str], typer.Option("--out", "-o", help="Folder for everything written.", metavar="DIR")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and what is missing; touch nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Run a large model on a CPU all the same.")]
@@ -80,3 +84,27 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Results, warnings and errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More details.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+SETTINGS: dict[str, Any] = {
+    "model": Model,
+    "method": Method,
+    "budget": Budget,
+    "benchmark": Benchmark,
+    "limit": Limit,
+    "shard": Shard,
+    "orders": Orders,
+    "weights": Weights,
+    "plugin": Plugin,
+    "out": Out,
+    "yes": Yes,
+}
+"""Options that stand for a key of the config."""
+
+FLAGS: dict[str, Any] = {
+    "dry_run": DryRun,
+    "as_json": Json,
+    "quiet": Quiet,
+    "verbose": Verbose,
+    "debug": Debug,
+}
+"""Options that every command which runs a stage has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,45 +12,46 @@ import typer
 
 from heatkv_cli import interrupts
 from heatkv_cli.cli.app import app
-from heatkv_cli.cli.options import (
-    Benchmark,
-    Budget,
-    Debug,
-    DryRun,
-    Json,
-    Limit,
-    Method,
-    Model,
-    Orders,
-    Out,
-    Overrides,
-    Quiet,
-    Shard,
-    Verbose,
-    Weights,
-    Yes,
-)
+from heatkv_cli.cli.options import FLAGS, SETTINGS, Overrides
 from heatkv_cli.errors import PartialResultError
 
 if TYPE_CHECKING:
     from heatkv_cli.config import Plan
-    from heatkv_cli.console import Console
 
 
-@app.command()
-def calibrate(
-    overrides: Overrides = None,
-    model: Model = None,
-    benchmark: Benchmark = None,
-    weights: Weights = None,
-    out: Out = None,
-    dry_run: DryRun = False,
-    yes: Yes = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
+def stage(command: str, *settings: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Make a command that runs a stage; the function gives its help text alone.
+
+    Args:
+        command: the command's name.
+        settings: the options it takes beside `--plugin`, `--out` and the flags of all stages.
+    """
+    names = [name for name in SETTINGS if name in (*settings, "plugin", "out")]
+
+    def add(documented: Callable[[], None]) -> Callable[[], None]:
+        def run(overrides: list[str] | None = None, **given: Any) -> None:
+            options = {name: given[name] for name in names}
+            if "yes" in options:
+                options["yes"] = "true" if options["yes"] else None
+            _stage(command, overrides, options, **{name: given[name] for name in FLAGS})
+
+        hints = {"overrides": Overrides, **{name: SETTINGS[name] for name in names}, **FLAGS}
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(name, kind, annotation=hint, default=False if name in (*FLAGS, "yes") else None)
+                for name, hint in hints.items()
+            ]
+        )
+        run.__annotations__, run.__doc__ = hints, documented.__doc__
+        app.command(command)(run)
+        return documented
+
+    return add
+
+
+@stage("calibrate", "model", "benchmark", "weights", "yes")
+def calibrate() -> None:
     """Measure what each head attends to, once per model.
 
     \b
@@ -59,25 +61,10 @@ def calibrate(
 
     Writes OUT/calibration/NAME/calibration.safetensors and prints how stable the head orders are.
     """
-    options = {"model": model, "benchmark": benchmark, "weights": weights, "out": out}
-    options["yes"] = "true" if yes else None
-    _stage("calibrate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
-@app.command("build-schedule")
-def build_schedule(
-    overrides: Overrides = None,
-    model: Model = None,
-    method: Method = None,
-    budget: Budget = None,
-    orders: Orders = None,
-    out: Out = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
+@stage("build-schedule", "model", "method", "budget", "orders")
+def build_schedule() -> None:
     """Decide which source scale of which head goes when.
 
     \b
@@ -87,28 +74,10 @@ def build_schedule(
 
     Writes OUT/schedules/NAME/schedule.safetensors and prints the counts per scale and the peak.
     """
-    options = {"model": model, "method": method, "budget": budget, "orders": orders, "out": out}
-    _stage("build-schedule", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
-@app.command()
-def generate(
-    overrides: Overrides = None,
-    model: Model = None,
-    method: Method = None,
-    budget: Budget = None,
-    benchmark: Benchmark = None,
-    limit: Limit = None,
-    shard: Shard = None,
-    weights: Weights = None,
-    out: Out = None,
-    dry_run: DryRun = False,
-    yes: Yes = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
+@stage("generate", "model", "method", "budget", "benchmark", "limit", "shard", "weights", "yes")
+def generate() -> None:
     """Make images with a compressed cache.
 
     \b
@@ -116,33 +85,13 @@ def generate(
       heatkv generate method=heatkv budget=0.1 --limit 16
       heatkv generate method=heatkv budget=0.1 --limit all --shard 0/4    # one of four processes
 
-    Writes OUT/images/NAME/free/*.png and manifest.csv, batch by batch; for benchmark=geneval and hpsv2 also the folder
-    that their original scorers read, OUT/images/NAME/geneval or hpsv2.
+    Writes OUT/images/NAME/free/*.png and manifest.jsonl, batch by batch; for benchmark=geneval and hpsv2 also the
+    folder that their original scorers read, OUT/images/NAME/geneval or hpsv2.
     """
-    options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
-    options |= {"limit": limit, "shard": shard, "weights": weights, "out": out}
-    options["yes"] = "true" if yes else None
-    _stage("generate", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
-@app.command("eval")
-def evaluate(
-    overrides: Overrides = None,
-    model: Model = None,
-    method: Method = None,
-    budget: Budget = None,
-    benchmark: Benchmark = None,
-    limit: Limit = None,
-    shard: Shard = None,
-    weights: Weights = None,
-    out: Out = None,
-    dry_run: DryRun = False,
-    yes: Yes = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
+@stage("eval", "model", "method", "budget", "benchmark", "limit", "shard", "weights", "yes")
+def evaluate() -> None:
     """Measure methods; make whatever is missing first.
 
     \b
@@ -151,29 +100,14 @@ def evaluate(
       heatkv eval method=full,streaming,heatkv budget=0.2,0.1,0.04 --limit 64
       heatkv eval experiment=demo
       heatkv eval method=heatkv metric=kl,psnr --dry-run                  # plan, bytes, missing files
+      heatkv eval --plugin mine.py method=mine:Latest budget=0.5          # a method of your own
 
     Writes OUT/results.csv, one row per number, and prints a table.
     """
-    options = {"model": model, "method": method, "budget": budget, "benchmark": benchmark}
-    options |= {"limit": limit, "shard": shard, "weights": weights, "out": out}
-    options["yes"] = "true" if yes else None
-    _stage("eval", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
-@app.command()
-def bench(
-    overrides: Overrides = None,
-    model: Model = None,
-    method: Method = None,
-    budget: Budget = None,
-    orders: Orders = None,
-    out: Out = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
+@stage("bench", "model", "method", "budget", "orders")
+def bench() -> None:
     """Measure seconds per scale and stage, and bytes.
 
     \b
@@ -185,8 +119,6 @@ def bench(
     Methods and budgets take turns. Writes OUT/bench/NAME/bench.csv (after every pass) and bench.md, and prints both
     tables. One image a batch unless runtime.batch_size says otherwise. weights=random: real dimensions without files.
     """
-    options = {"model": model, "method": method, "budget": budget, "orders": orders, "out": out}
-    _stage("bench", overrides, options, dry_run, as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
 
 
 def _stage(
@@ -207,7 +139,7 @@ def _stage(
     given = [f"--{key}={value}" for key, value in options.items() if value is not None]
     with console.guard(shlex.join(["heatkv", command, *given, *(overrides or [])])) as outcome:
         from heatkv_cli.config import compose
-        from heatkv_cli.results import ensure_writable
+        from heatkv_cli.library import run_stage
 
         plan = compose(overrides or [], command=command, options=options, dry_run=dry_run)
         outcome.again, outcome.folder = plan.command_line, plan.first.out
@@ -218,10 +150,8 @@ def _stage(
             outcome.code = document["exit_code"]
             console.result(document)
         else:
-            stage = _stage_function(command)
             with interrupts.orderly():
-                ensure_writable(plan.first.out)
-                document = stage(plan, console)
+                document = run_stage(plan, console)
                 interrupts.check()
             following = _next_command(plan)
             about = {"status": "done", "command": plan.command_line, "seconds": round(console.elapsed, 3)}
@@ -232,21 +162,6 @@ def _stage(
                 console.wrote(Path(document["path"]))
             console.next(following)
     raise typer.Exit(outcome.code)
-
-
-def _stage_function(command: str) -> Callable[[Plan, Console], dict[str, Any]]:
-    """Import one stage, and torch with it."""
-    if command == "calibrate":
-        from heatkv_cli.pipeline.calibrate import run
-    elif command == "build-schedule":
-        from heatkv_cli.pipeline.build_schedule import run
-    elif command == "generate":
-        from heatkv_cli.pipeline.generate import run
-    elif command == "eval":
-        from heatkv_cli.pipeline.evaluate import run
-    else:
-        from heatkv_cli.pipeline.bench import run
-    return run
 
 
 _FOLLOWS = {"calibrate": "build-schedule", "build-schedule": "generate", "generate": "eval"}

@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heatkv_cli.config.check import typed_run, untrained
 from heatkv_cli.config.groups import GROUPS, check_choice, choices, conf_dir, read_yaml
+from heatkv_cli.config.plugins import content_of, is_outside, load_plugin
 from heatkv_cli.config.settings import Experiment, Plan, RunConfig, config_hash
 from heatkv_cli.config.sweep import PATH_KEYS, SHORT, Axis, load_experiment, merge, parse_overrides, product, quote
 from heatkv_cli.config.typed import join, show
@@ -104,6 +106,7 @@ def compose(
         errors.append(
             ConfigError("budget and rho are both given", "budget is the share kept, rho the share removed: keep one")
         )
+    _load_plugins(typed, errors)
     typed = [axis.renamed(names) for axis in typed]
     defaults = [Axis(key, (((key, value),),)) for key, value in DEFAULTS.get(command, {}).items()]
     axes = merge(defaults + [axis.renamed(SHORT) for axis in axes], typed)
@@ -128,6 +131,15 @@ def compose(
             f"method={name} has no budget: it keeps everything", f"leave the budget away with method={name}"
         )
     return Plan(command, tuple(runs), texts, experiment, dry_run, named)
+
+
+def _load_plugins(typed: Sequence[Axis], errors: list[ConfigError]) -> None:
+    for path in (value for axis in typed if axis.key == "plugin" for ((_, value),) in axis.points):
+        try:
+            if path is not None:
+                load_plugin(Path(str(path)))
+        except ConfigError as error:
+            errors.append(error)
 
 
 def _distinct(
@@ -187,6 +199,7 @@ def _compose_run(assignments: Mapping[str, Any], errors: list[ConfigError]) -> R
     if chosen is None:
         return None
     config = copy.deepcopy(_composed(chosen))
+    config |= _outside(assignments, errors)
     _apply_preset(config["model"], assignments.get("model.preset"), errors)
     for key, value in assignments.items():
         if key not in CHOICES and key != "metric" and key.partition(".")[0] not in unknown:
@@ -202,6 +215,19 @@ def _compose_run(assignments: Mapping[str, Any], errors: list[ConfigError]) -> R
     return run if len(errors) == before else None
 
 
+def _outside(assignments: Mapping[str, Any], errors: list[ConfigError]) -> dict[str, Any]:
+    """Return the content of methods that are classes from outside, by key."""
+    found: dict[str, Any] = {}
+    for key in (key for key, group in CHOICES.items() if group == "method"):
+        name = assignments.get(key)
+        try:
+            if isinstance(name, str) and is_outside(name):
+                found[key] = content_of(name)
+        except ConfigError as error:
+            errors.append(error)
+    return found
+
+
 def _choose(assignments: Mapping[str, Any], errors: list[ConfigError]) -> tuple[tuple[str, ...] | None, set[str]]:
     """Return Hydra's overrides for the chosen files, and the keys whose file does not exist (a default stands in)."""
     names: dict[str, str] = {}
@@ -215,6 +241,8 @@ def _choose(assignments: Mapping[str, Any], errors: list[ConfigError]) -> tuple[
                 ConfigError(f"{key} is {show(name)}", f"{key} is one name; a sweep is a comma list: {key}=a,b")
             )
             unknown.add(key)
+        elif group == "method" and is_outside(str(name)):
+            continue  # no file stands for it
         elif _check(errors, group, str(name), key):
             names[key] = str(name)
         else:

@@ -40,6 +40,7 @@ class RunConfig:
         text: where text features are kept; None for `out`/text.
         calibration, schedule: artifacts to use instead of those `out` holds.
         orders: published head orders in the calibration's place.
+        plugin: a Python file that holds a method from outside.
         code: `same` uses images that this code has made, `any` those of earlier code too.
         memory: bytes that the byte plan shall fit; None where none were named.
         contact_sheet: columns of the picture `eval` ends with; 0 for none.
@@ -69,6 +70,7 @@ class RunConfig:
     calibration: Path | None
     schedule: Path | None
     orders: Path | None
+    plugin: Path | None
     code: Literal["same", "any"]
     memory: int | None
     contact_sheet: int
@@ -154,7 +156,8 @@ class RunConfig:
     @property
     def stem(self) -> str:
         """The run id without its hash."""
-        return "-".join((self.model.name, self.method.name, self.budget.slug, self.benchmark.name))
+        method = self.method.name.replace(":", ".")
+        return "-".join((self.model.name, method, self.budget.slug, self.benchmark.name))
 
     def plain(self) -> dict[str, Any]:
         """Return all fields as JSON-able values, for `meta.json` and `--dry-run`."""

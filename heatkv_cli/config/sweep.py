@@ -16,7 +16,7 @@ from heatkv_cli.config.groups import read_yaml
 from heatkv_cli.config.settings import Experiment
 from heatkv_cli.errors import ConfigError, did_you_mean
 
-PATH_KEYS = ("out", "weights", "text", "calibration", "schedule", "orders")
+PATH_KEYS = ("out", "weights", "text", "calibration", "schedule", "orders", "plugin")
 """Keys that hold a path; the environment (HEATKV_OUT, HEATKV_WEIGHTS_DIR) speaks of these alone, experiments never."""
 
 SHORT = {key: f"model.{key}" for key in ("preset", "resolution", "aspect_ratio", "force_resolution")}

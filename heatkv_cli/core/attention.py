@@ -48,10 +48,10 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Iterable[Group], 
     parts: list[Tensor | None] = [None] * every
 
     def attend(group: Group) -> tuple[Sequence[int], Tensor]:
-        queries = of_heads(q, group.heads)
+        queries = take_heads(q, group.heads)
         count = group.k.shape[2] + k.shape[2]
         spare = kernel_keys(q, count) - count
-        keys, values = (joined(*pair, group.heads, spare) for pair in ((group.k, k), (group.v, v)))
+        keys, values = (concat_current(*pair, group.heads, spare) for pair in ((group.k, k), (group.v, v)))
         mask = _last_hidden(queries, count, spare) if spare else None
         return group.heads, F.scaled_dot_product_attention(queries, keys, values, mask, scale=softmax_scale)
 
@@ -137,19 +137,19 @@ def _packed(history: Tensor, current: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat([piece for pair in pairs for piece in pair], 1)
 
 
-def of_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
+def take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
     """Heads of (B, H, N, D), ascending. Stacked views: several times faster than an index, and no wait for a device."""
     return x if len(heads) == x.shape[1] else torch.stack([x[:, head] for head in heads], 1)
 
 
 @staged("/join")
-def joined(history: Tensor, current: Tensor, heads: Sequence[int], spare: int = 0) -> Tensor:
+def concat_current(history: Tensor, current: Tensor, heads: Sequence[int], spare: int = 0) -> Tensor:
     """History (B, G, n, D), the heads' share of the current scale (B, H, N, D) and `spare` zeros, copied once."""
     if not spare:
         if not current.shape[2]:
             return history
         if not history.shape[2]:
-            return of_heads(current, heads)
+            return take_heads(current, heads)
         if len(heads) == current.shape[1]:
             return torch.cat((history, current), 2)
     end = [history.new_zeros(len(history), spare, history.shape[-1])] if spare else []
@@ -157,21 +157,21 @@ def joined(history: Tensor, current: Tensor, heads: Sequence[int], spare: int = 
     return torch.cat(pieces, 1).view(len(history), len(heads), -1, history.shape[-1])
 
 
-def packed_groups(k: Tensor, v: Tensor, counts: Sequence[int]) -> Iterator[Group]:
+def group_packed(k: Tensor, v: Tensor, counts: Sequence[int]) -> Iterator[Group]:
     """Heads with equally many of the packed tokens (B, number kept, D) together."""
     for _, heads in by_length(counts):
-        yield Group(heads, *(_heads_of(x, heads, counts) for x in (k, v)))
+        yield Group(heads, *(_unpack_equal(x, heads, counts) for x in (k, v)))
 
 
-def _heads_of(x: Tensor, heads: Sequence[int], counts: Sequence[int]) -> Tensor:
+def _unpack_equal(x: Tensor, heads: Sequence[int], counts: Sequence[int]) -> Tensor:
     """Equally long heads of packed tokens (B, number kept, D), beside each other: (B, G, n, D)."""
     if len(heads) == len(counts):
-        return beside(x, len(heads))
+        return as_heads(x, len(heads))
     parts = x.split(list(counts), 1)
     return torch.stack([parts[h] for h in heads], 1)
 
 
-def packed(x: Tensor, chosen: Tensor) -> Tensor:
+def pack(x: Tensor, chosen: Tensor) -> Tensor:
     """Tokens of x (B, H, N, D) that `chosen` (H, N) on the host names, head after head: (B, number chosen, D)."""
     whole = chosen.all(1)
     if bool((whole == chosen.any(1)).all()):  # atoms are kept or dropped as a whole: views will do
@@ -180,7 +180,7 @@ def packed(x: Tensor, chosen: Tensor) -> Tensor:
     return x.flatten(1, 2).index_select(1, index.to(x.device, non_blocking=True))
 
 
-def spread(x: Tensor, mask: Tensor) -> Tensor:
+def unpack(x: Tensor, mask: Tensor) -> Tensor:
     """Packed tokens (B, number kept, D) where a mask (B or 1, H, N) has them, zeros elsewhere: (B, H, N, D)."""
     mask = mask.expand(len(x), -1, -1).to(x.device)
     dense = x.new_zeros(*mask.shape, x.shape[-1])
@@ -188,12 +188,12 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
     return dense
 
 
-def beside(x: Tensor, heads: int) -> Tensor:
+def as_heads(x: Tensor, heads: int) -> Tensor:
     """Packed tokens (B, heads * n, D) of equally long heads beside each other: (B, heads, n, D)."""
     return x.view(len(x), heads, x.shape[1] // heads, x.shape[2])
 
 
-def aligned(history: Tensor, current: Tensor, heads: Sequence[int], table: LayerTable, width: int) -> Tensor:
+def pad_heads(history: Tensor, current: Tensor, heads: Sequence[int], table: LayerTable, width: int) -> Tensor:
     """Heads of unequal length beside each other: (B, G, width + N, D), zeros between a short history and the rest.
 
     Args:
@@ -204,10 +204,10 @@ def aligned(history: Tensor, current: Tensor, heads: Sequence[int], table: Layer
         width: where the current tokens begin.
     """
     if not width:
-        return of_heads(current, heads)
+        return take_heads(current, heads)
     if min(table.lengths) == width:
-        return joined(beside(history, len(heads)), current, heads)
-    dense = spread(history, table.occupied(width + current.shape[2]).unsqueeze(0))
+        return concat_current(as_heads(history, len(heads)), current, heads)
+    dense = unpack(history, table.occupied(width + current.shape[2]).unsqueeze(0))
     for row, head in enumerate(heads):
         dense[:, row, width:] = current[:, head]
     return dense

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from heatkv_cli.core.attention import (
     Group,
-    aligned,
-    beside,
+    as_heads,
+    concat_current,
+    group_packed,
     grouped_attention,
-    joined,
     masked_attention,
-    packed,
-    packed_groups,
-    spread,
+    pack,
+    pad_heads,
+    unpack,
     varlen_attention,
 )
 from heatkv_cli.core.budget import Budget
@@ -184,7 +184,7 @@ class KVCache:
         visit = self._visiting(layer)
         assert visit is not None  # other layers have no queries to look with
         stored = self.pool.k.index_select(1, slots.to(self.pool.k.device, non_blocking=True))
-        return joined(beside(stored, len(heads)), visit.k, heads)
+        return concat_current(as_heads(stored, len(heads)), visit.k, heads)
 
     def view(self, layer: int, heads: Tensor | None = None) -> View:
         """Keys and values of [cache, current], heads padded to equal length; not to be written to."""
@@ -196,7 +196,7 @@ class KVCache:
         current = (nothing, nothing) if visit is None else (visit.k, visit.v)
         slots = table.slots.to(self.pool.k.device, non_blocking=True)
         sources = zip((self.pool.k, self.pool.v), current, strict=True)
-        k, v = (aligned(x.index_select(1, slots), y, chosen, table, width) for x, y in sources)
+        k, v = (pad_heads(x.index_select(1, slots), y, chosen, table, width) for x, y in sources)
         return View(k, v, positions)
 
     def _visiting(self, layer: int) -> Visit | None:
@@ -237,16 +237,16 @@ class KVCache:
         if len(mask) > 1 or keep.merged is not None:
             self._attended = _Selection(keep, mask, k, v)
         if self.backend == "masked":
-            return masked_attention(visit.q, spread(k, mask), spread(v, mask), mask, visit.softmax_scale)
+            return masked_attention(visit.q, unpack(k, mask), unpack(v, mask), mask, visit.softmax_scale)
         none = visit.k[:, :, :0]
         if self.backend == "varlen":
             return varlen_attention(visit.q, none, none, counts, (k, v), visit.softmax_scale)
-        return grouped_attention(visit.q, none, none, packed_groups(k, v, counts), visit.softmax_scale)
+        return grouped_attention(visit.q, none, none, group_packed(k, v, counts), visit.softmax_scale)
 
     def _history(self, table: LayerTable) -> Iterator[Group]:
         """Copies of a layer's stored tokens, group by group; holds on to none of them."""
         for heads, slots in table.groups():
-            yield Group(heads, *(beside(stored, len(heads)) for stored in self.pool.read(slots)))
+            yield Group(heads, *(as_heads(stored, len(heads)) for stored in self.pool.read(slots)))
 
     # ----------------------------------------------------------------------------------------------------- storage
 
@@ -275,13 +275,13 @@ class KVCache:
     def _mask_of(self, keep: Keep) -> Tensor:
         """The decision as a bool mask (1 or B, H, N) without padding, checked."""
         positions = self.positions(keep.layer)
-        if keep.segments is not None:
+        if keep.atoms is not None:
             source = self.geometry.schedule.scale_of(positions.clamp(min=0))
-            mask = keep.segments.expand(len(positions), -1, -1).gather(2, source)
+            mask = keep.atoms.expand(len(positions), -1, -1).gather(2, source)
         elif keep.mask is not None:
             mask = (keep.mask if keep.mask.ndim == 3 else keep.mask.unsqueeze(0)).cpu()
         else:
-            raise ValueError("Keep needs a mask or segments")
+            raise ValueError("Keep needs a mask or atoms")
         if mask.shape[1:] != positions.shape[1:]:
             raise ValueError(
                 f"Keep of layer {keep.layer}: mask {tuple(mask.shape)} for tokens {tuple(positions.shape)}"
@@ -312,7 +312,7 @@ class KVCache:
             slots = self.pool.take(int(current.sum()))
             visit = self._visit
             assert visit is not None  # only the visiting layer has a current scale
-            self.pool.write(slots, packed(visit.k, current), packed(visit.v, current))
+            self.pool.write(slots, pack(visit.k, current), pack(visit.v, current))
             table = table.appended(slots, self._current_positions(), current)
         self.tables[layer] = table
 

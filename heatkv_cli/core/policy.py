@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.attention import column_mass, of_heads, probabilities
+from heatkv_cli.core.attention import column_mass, probabilities, take_heads
 from heatkv_cli.core.scales import Geometry
 
 
@@ -125,7 +125,7 @@ class Visit:
         chosen = list(range(q.shape[1])) if heads is None else heads.tolist()
         columns, current, found = self.positions().shape[2], self.k.shape[2], None
         for group, keys in self.cache.keys(self.layer, chosen):
-            queries = of_heads(q, [chosen[i] for i in group])
+            queries = take_heads(q, [chosen[i] for i in group])
             part = look(queries, keys)
             if part.shape[1] == len(chosen) and part.shape[-1] == columns:
                 return part
@@ -158,20 +158,20 @@ class Merged:
 
 @dataclass(frozen=True)
 class Keep:
-    """What stays of one layer's tokens: exactly one of `mask` and `segments`.
+    """What stays of one layer's tokens: exactly one of `mask` and `atoms`.
 
     Args:
         layer: any layer.
         mask: bool (H, N), the same for all rows, or (B, H, N) with equally many kept tokens per head in every row;
             columns as in `View`. For the visiting layer they include the current scale, for others the cache alone.
-        segments: bool (H, K) by source scale: whole atoms, no look at tokens needed.
+        atoms: bool (H, K) by source scale: whole atoms, no look at tokens needed.
         merged: other keys and values for kept tokens, in storage and, where the Keep was made before attention, in
             attention too.
     """
 
     layer: int
     mask: Tensor | None = None
-    segments: Tensor | None = None
+    atoms: Tensor | None = None
     merged: Merged | None = None
 
 
@@ -183,12 +183,12 @@ class Policy:
         state_bytes: bytes the policy stores per kept token of one head and one row, charged to the budget.
 
     Attributes:
-        facts: numbers that the method chose for itself (`window: auto`), for the results' rows.
+        chosen: numbers that the method chose for itself (`window: auto`), for the results' rows.
     """
 
     def __init__(self, capacity: int, state_bytes: int = 0):
         self.capacity, self.state_bytes = capacity, state_bytes
-        self.facts: dict[str, float] = {}
+        self.chosen: dict[str, float] = {}
 
     def before_attend(self, visit: Visit) -> Keep | None:
         """Choose among [cache, current] before attention: only what is kept is attended, and later stored."""

@@ -13,8 +13,8 @@ from heatkv_cli.errors import ConfigError
 from heatkv_cli.methods.base import Setting
 from heatkv_cli.methods.toolkit.caps import shares
 from heatkv_cli.methods.toolkit.selecting import (
+    ObservationWindow,
     Selecting,
-    Window,
     WindowMethod,
     kept_state,
     top_mask,
@@ -41,7 +41,7 @@ class CAKE(WindowMethod):
     scale before. What a layer may have is granted from what is free; where that is too little, other layers are cut to
     their new shares, those already visited first, and only as far as needed. Variances are population variances.
     The tokens' scores are stored for that, 4 bytes a token, head and row, paid for with slots. Preferences are averaged
-    over the rows of a batch, which share their slots. Window as in SnapKV; see `WindowMethod` for its parameters.
+    over the rows of a batch, which share their slots. The window as in SnapKV; see `WindowMethod` for its parameters.
     """
 
     gamma: float = 200.0
@@ -63,12 +63,12 @@ class CAKE(WindowMethod):
 
 
 class _CAKE(Selecting):
-    def __init__(self, setting: Setting, method: CAKE, window: Window):
+    def __init__(self, setting: Setting, method: CAKE, window: ObservationWindow):
         geometry = setting.geometry
         # tokens of one head, summed over layers
         total = setting.budget.slots(geometry, setting.rows, STATE_BYTES) // geometry.num_heads
         super().__init__(setting, method.timing, STATE_BYTES, capacity=total * geometry.num_heads)
-        self._method, self._window, self.facts = method, window, {"window": window.tokens}
+        self._method, self._window, self.chosen = method, window, {"window": window.tokens}
         self._offsets = geometry.schedule.offsets
         self._total, self._attended_total = total, setting.cap * geometry.num_layers
         self._held = [0] * geometry.num_layers

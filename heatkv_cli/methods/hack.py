@@ -163,8 +163,8 @@ class _Hack(Selecting):
         first = geometry.schedule.offsets[min(method.init_scales, geometry.num_scales)]
         self._initial = (caps // 4).clamp(max=first) if method.keep_initial else torch.zeros_like(caps)
         self._count = window_tokens(method.num_queries, PAPER_QUERIES, setting.cap)
-        self.facts = {"queries": self._count, "contextual_heads": int(contextual.sum())}
-        self.facts |= {"contextual_cap": int(caps.min()), "structural_cap": int(caps.max())}
+        self.chosen = {"queries": self._count, "contextual_heads": int(contextual.sum())}
+        self.chosen |= {"contextual_cap": int(caps.min()), "structural_cap": int(caps.max())}
 
     def decide(self, visit: Visit) -> Keep | None:
         """Heads that hold more than their budget choose; the others keep all."""

@@ -12,7 +12,7 @@ import torch
 from heatkv_cli.core.policy import Policy, Visit
 from heatkv_cli.methods.base import Setting, at_least
 from heatkv_cli.methods.toolkit.heavy_hitters import STATE_BYTES, HeavyHitters, HeavyMethod
-from heatkv_cli.methods.toolkit.selecting import Place, observed_queries, window_tokens
+from heatkv_cli.methods.toolkit.selecting import Observed, observed_queries, window_tokens
 
 WINDOW = 32  # observed queries
 FLOOR = 0.01  # the least share of its tokens that a layer keeps
@@ -43,7 +43,7 @@ class MEDA(HeavyMethod):
     merge: Literal["pivot", "average", "weighted", "none"] = "pivot"
     text: int | Literal["scales"] = "scales"
     window: int | Literal["auto"] = "auto"
-    obs: Place = "grid"
+    obs: Observed = "grid"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +73,7 @@ class _MEDA(HeavyHitters):
         self._least, self._offsets = text + self._window, geometry.schedule.offsets
         self._held = [0] * geometry.num_layers
         self._entropy: list[float | None] = [None] * geometry.num_layers
-        self.facts = {"window": self._window}
+        self.chosen = {"window": self._window}
 
     def cap(self, visit: Visit) -> int:
         layer, tokens, last = visit.layer, visit.k.shape[2], visit.scale == self._last

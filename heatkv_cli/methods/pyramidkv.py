@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.methods.base import Setting, at_least
 from heatkv_cli.methods.toolkit.caps import early_caps
-from heatkv_cli.methods.toolkit.selecting import Selecting, Window, WindowMethod
+from heatkv_cli.methods.toolkit.selecting import ObservationWindow, Selecting, WindowMethod
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class PyramidKV(WindowMethod):
     Source: arXiv 2406.02069, section 4 (equations for the layer budgets, beta = 20).
     Differs: the paper's rounded step makes the layers' sum exceed the budget; what rounding added is taken back, from
     the last layer on. Caps grow in some layers and shrink in others from scale to scale; where all layers' tokens would
-    be too many in the middle of a pass, the last ones shrink one visit early (`early_caps`). Window as in SnapKV; see
-    `WindowMethod` for its parameters.
+    be too many in the middle of a pass, the last ones shrink one visit early (`early_caps`). The window is
+    SnapKV's; see `WindowMethod` for its parameters.
     """
 
     steepness: int = 20
@@ -76,9 +76,9 @@ def pyramid(layers: int, mean: int, window: int, length: int, steepness: int = 2
 
 
 class _PyramidKV(Selecting):
-    def __init__(self, setting: Setting, method: PyramidKV, window: Window, caps: list[list[int]]):
+    def __init__(self, setting: Setting, method: PyramidKV, window: ObservationWindow, caps: list[list[int]]):
         super().__init__(setting, method.timing)
-        self._window, self._caps, self.facts = window, caps, {"window": window.tokens}
+        self._window, self._caps, self.chosen = window, caps, {"window": window.tokens}
 
     def cap(self, visit: Visit) -> int:
         return self._caps[visit.scale][visit.layer]

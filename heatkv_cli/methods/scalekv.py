@@ -15,8 +15,8 @@ from heatkv_cli.errors import ConfigError
 from heatkv_cli.methods.base import Setting, at_least
 from heatkv_cli.methods.toolkit.caps import early_caps, shares
 from heatkv_cli.methods.toolkit.selecting import (
+    ObservationWindow,
     Selecting,
-    Window,
     WindowMethod,
 )
 
@@ -185,10 +185,10 @@ def published_caps(setting: Setting) -> list[list[int]]:
 
 
 class _ScaleKV(Selecting):
-    def __init__(self, setting: Setting, method: ScaleKV, window: Window, caps: list[list[int]]):
+    def __init__(self, setting: Setting, method: ScaleKV, window: ObservationWindow, caps: list[list[int]]):
         super().__init__(setting, method.timing)
         self._window, self._caps = window, caps
-        self.facts = {"window": window.tokens}
+        self.chosen = {"window": window.tokens}
 
     def cap(self, visit: Visit) -> int:
         return self._caps[visit.scale][visit.layer]

@@ -35,7 +35,7 @@ class _Sinks(Policy):
     def __init__(self, geometry: Geometry):
         super().__init__(capacity=geometry.heads * geometry.sink_tokens)
         scales = torch.arange(geometry.num_scales) < geometry.sink_scales
-        self._segments = scales.expand(geometry.num_heads, -1)
+        self._atoms = scales.expand(geometry.num_heads, -1)
 
     def after_attend(self, visit: Visit) -> Iterable[Keep]:
-        return (Keep(visit.layer, segments=self._segments),)
+        return (Keep(visit.layer, atoms=self._atoms),)

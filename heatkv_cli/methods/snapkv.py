@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.methods.base import Setting
-from heatkv_cli.methods.toolkit.selecting import Selecting, Window, WindowMethod
+from heatkv_cli.methods.toolkit.selecting import ObservationWindow, Selecting, WindowMethod
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class SnapKV(WindowMethod):
 
 
 class _SnapKV(Selecting):
-    def __init__(self, setting: Setting, method: SnapKV, window: Window):
+    def __init__(self, setting: Setting, method: SnapKV, window: ObservationWindow):
         super().__init__(setting, method.timing)
-        self._window, self.facts = window, {"window": window.tokens}
+        self._window, self.chosen = window, {"window": window.tokens}
 
     def choose(self, visit: Visit, cap: int) -> Keep:
         return self._window.keep(visit, cap)

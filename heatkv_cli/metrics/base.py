@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap, mean_value
 from heatkv_cli.metrics.parameters import DEVICE, aside, check, counting
-from heatkv_cli.metrics.scores import Features, Image, Sample, Score, Value
+from heatkv_cli.metrics.scores import Features, Pixels, Sample, Score, Value
 from heatkv_cli.metrics.weights import Lack, Wanted, joined_sha256, lacking_package
 
 Kind = Literal["paired", "set", "prompt"]
@@ -245,7 +245,7 @@ class Extractor(Protocol):
         """Return '' where weights and network work, else what is wrong; raises as an extraction."""
         ...
 
-    def __call__(self, images: Sequence[Image]) -> Features:
+    def __call__(self, images: Sequence[Pixels]) -> Features:
         """Return (n, d) features of n images, which may differ in size."""
         ...
 

@@ -16,10 +16,10 @@ from heatkv_cli.metrics.base import ImageMetric, Networked, Sample, Score, Spec
 from heatkv_cli.metrics.networks import loaded, ready
 from heatkv_cli.metrics.parameters import aside, parameter
 from heatkv_cli.metrics.pictures import by_size, sample_pictures, stack
-from heatkv_cli.metrics.scores import Image, pair_of
+from heatkv_cli.metrics.scores import Pixels, pair_of
 from heatkv_cli.metrics.weights import (
+    NetworkFile,
     Wanted,
-    WeightsFile,
     check_name,
     load_exactly,
     read_checkpoint,
@@ -47,7 +47,7 @@ class _Backbone:
     taps: tuple[int, ...]
     parameters: int
     least: int
-    file: WeightsFile
+    file: NetworkFile
     heads: str
 
 
@@ -57,7 +57,7 @@ _BACKBONES: dict[str, _Backbone] = {
         taps=(1, 4, 7, 9, 11),
         parameters=2_469_696,
         least=31,
-        file=WeightsFile(
+        file=NetworkFile(
             "alexnet-owt-7be5be79.pth",
             "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
             licence="BSD-3-Clause",
@@ -71,7 +71,7 @@ _BACKBONES: dict[str, _Backbone] = {
         taps=(3, 8, 15, 22, 29),
         parameters=14_714_688,
         least=16,
-        file=WeightsFile(
+        file=NetworkFile(
             "vgg16-397923af.pth",
             "https://download.pytorch.org/models/vgg16-397923af.pth",
             licence="BSD-3-Clause",
@@ -165,7 +165,7 @@ class LPIPS(Networked, ImageMetric):
         return [Score(s.prompt_id, s.index, v) for s, v in zip(samples, values.tolist(), strict=True)]
 
     @torch.inference_mode()
-    def _values(self, images: Sequence[Image], references: Sequence[Image]) -> Tensor:
+    def _values(self, images: Sequence[Pixels], references: Sequence[Pixels]) -> Tensor:
         x, y = (stack(side, self.device).float() / 127.5 - 1 for side in (images, references))
         distances: Tensor = self._network()(x, y)
         return distances

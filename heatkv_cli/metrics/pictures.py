@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image as Pixels
+from PIL import Image
 from torch import Tensor
 
 from heatkv_cli.errors import ArtifactError, HeatKVError
 from heatkv_cli.metrics.networks import check_device
-from heatkv_cli.metrics.scores import Image
+from heatkv_cli.metrics.scores import Pixels
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """Formats that a picture file may have, whatever its name. Pillow reads more, one of them by another program."""
@@ -43,7 +43,7 @@ def irregular(path: Path) -> str:
     return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "a device")
 
 
-def read_image(path: Path) -> Image:
+def read_image(path: Path) -> Pixels:
     """Return (H, W, 3) 8-bit pixels of a picture file.
 
     Read exactly: 1, 2, 4 and 8 bits of grey, palettes, RGB; an alpha channel where every pixel is opaque; of 16 bits a
@@ -61,7 +61,7 @@ def read_image(path: Path) -> Image:
         with open(path, "rb", opener=_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError("it is no regular file any more")
-            with Pixels.open(file, formats=FORMATS) as opened:
+            with Image.open(file, formats=FORMATS) as opened:
                 return _exact(opened, path)
     except (HeatKVError, MemoryError):
         raise
@@ -75,7 +75,7 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _exact(opened: Pixels.Image, path: Path) -> Image:
+def _exact(opened: Image.Image, path: Path) -> Pixels:
     """The pixels of an opened picture.
 
     Raises:
@@ -98,7 +98,7 @@ def _exact(opened: Pixels.Image, path: Path) -> Image:
     raise _refused(path, f"its pixels are of mode {mode}", "convert it to 8-bit RGB")
 
 
-def _high_byte(opened: Pixels.Image, path: Path) -> Image:
+def _high_byte(opened: Image.Image, path: Path) -> Pixels:
     tags: Any = getattr(opened, "tag_v2", None)
     if tags is not None and (tuple(tags[_BITS]), tags[_PHOTOMETRIC]) != ((16,), _BLACK_IS_ZERO):
         raise _refused(path, f"it is a TIFF of {tags[_BITS][0]} bits, photometric {tags[_PHOTOMETRIC]}", "save a PNG")
@@ -109,7 +109,7 @@ def _high_byte(opened: Pixels.Image, path: Path) -> Image:
     return np.stack([grey] * 3, axis=2)
 
 
-def _opaque(opened: Pixels.Image, path: Path) -> Image:
+def _opaque(opened: Image.Image, path: Path) -> Pixels:
     key = opened.info.get("transparency")
     deep = any(value > 255 for value in key) if isinstance(key, tuple) else isinstance(key, int) and key > 255
     # Pillow reads 16-bit colours as their high bytes, and leaves the colour that stands for transparency as it is.
@@ -119,7 +119,7 @@ def _opaque(opened: Pixels.Image, path: Path) -> Image:
     return np.ascontiguousarray(pixels[..., :3])
 
 
-def _transparent(opened: Pixels.Image, path: Path) -> ArtifactError:
+def _transparent(opened: Image.Image, path: Path) -> ArtifactError:
     return _refused(path, f"it has transparent pixels (mode {opened.mode})", "put it on a ground and save it as RGB")
 
 
@@ -130,7 +130,7 @@ def _refused(path: Path, why: str, fix: str) -> ArtifactError:
 # ------------------------------------------------------------------------------------------------- pixels to tensors
 
 
-def stack(images: Sequence[Image], device: str = "cpu") -> Tensor:
+def stack(images: Sequence[Pixels], device: str = "cpu") -> Tensor:
     """Return (n, 3, H, W) uint8 of images of one size.
 
     Raises:
@@ -140,7 +140,7 @@ def stack(images: Sequence[Image], device: str = "cpu") -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
 
 
-def by_size(function: Callable[..., Tensor], *sides: Sequence[Image]) -> Tensor:
+def by_size(function: Callable[..., Tensor], *sides: Sequence[Pixels]) -> Tensor:
     """Call a function with images of one size at a time, and return its (m, ...) results in the given order.
 
     Args:
@@ -158,14 +158,14 @@ def by_size(function: Callable[..., Tensor], *sides: Sequence[Image]) -> Tensor:
     return rows[torch.tensor(order).argsort().to(rows.device)]
 
 
-def resized_planes(image: Image, side: int) -> NDArray[np.float32]:
+def resized_planes(image: Pixels, side: int) -> NDArray[np.float32]:
     """Return (3, side, side) in 0..255: Pillow's bicubic filter per channel in float, cut to the range, not rounded."""
-    planes = [Pixels.fromarray(image[:, :, c].astype(np.float32)) for c in range(3)]
-    resized = [np.asarray(plane.resize((side, side), Pixels.Resampling.BICUBIC)) for plane in planes]
+    planes = [Image.fromarray(image[:, :, c].astype(np.float32)) for c in range(3)]
+    resized = [np.asarray(plane.resize((side, side), Image.Resampling.BICUBIC)) for plane in planes]
     return np.stack(resized).clip(0, 255)
 
 
-def sample_pictures() -> tuple[Image, Image]:
+def sample_pictures() -> tuple[Pixels, Pixels]:
     """Return two pictures for self-tests, 64 x 64: a ramp of colours, and the same with a checked corner."""
     side = np.arange(64)
     ramp = np.stack(np.broadcast_arrays(4 * side[:, None], 4 * side[None], 255 - 2 * side[:, None]), -1).astype(

@@ -17,7 +17,7 @@ from heatkv_cli.metrics.base import ImageMetric, Sample, Score, Spec, Value
 from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap, mean_value
 from heatkv_cli.metrics.parameters import DEVICE, aside, parameter
 from heatkv_cli.metrics.pictures import by_size, sample_pictures, stack
-from heatkv_cli.metrics.scores import Image, pair_of
+from heatkv_cli.metrics.scores import Pixels, pair_of
 
 _SIGMA, _RADIUS = 1.5, 5
 """Gaussian window of 11 x 11 pixels."""
@@ -85,7 +85,7 @@ class PSNR(ImageMetric):
         return [replace(mean_value("", finite, baseline, bootstrap, extra=extra), n=len(scores)), rest]
 
 
-def compute_psnr(image: Image, reference: Image, data_range: float) -> float:
+def compute_psnr(image: Pixels, reference: Pixels, data_range: float) -> float:
     """Return the PSNR in dB of two (H, W, 3) images; inf if they are identical.
 
     >>> black = np.zeros((2, 2, 3), np.uint8)
@@ -141,7 +141,7 @@ class SSIM(ImageMetric):
         values = by_size(self._values, [image for image, _ in pairs], [reference for _, reference in pairs])
         return [Score(s.prompt_id, s.index, v) for s, v in zip(samples, values.tolist(), strict=True)]
 
-    def _values(self, images: Sequence[Image], references: Sequence[Image]) -> Tensor:
+    def _values(self, images: Sequence[Pixels], references: Sequence[Pixels]) -> Tensor:
         return ssim(stack(images, self.device).double(), stack(references, self.device).double(), self.data_range)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from heatkv_cli.errors import ArtifactError
 
-Image = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 """(H, W, 3) pixels, 8 bit."""
 Features = NDArray[np.float32]
 """(n, d): one row per image."""
@@ -34,8 +34,8 @@ class Sample:
     prompt_id: str
     prompt: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    image: Image | None = None
-    reference: Image | None = None
+    image: Pixels | None = None
+    reference: Pixels | None = None
     recorded: Mapping[str, float] = field(default_factory=dict)
     index: int = 0
 
@@ -111,7 +111,7 @@ class Value:
         return cls(variant, interval.mean, interval.stderr, interval.low, interval.high, interval.n, extra or {})
 
 
-def pair_of(metric: str, sample: Sample) -> tuple[Image, Image]:
+def pair_of(metric: str, sample: Sample) -> tuple[Pixels, Pixels]:
     """Return image and reference of a sample.
 
     Raises:
@@ -132,7 +132,7 @@ def pair_of(metric: str, sample: Sample) -> tuple[Image, Image]:
     return sample.image, sample.reference
 
 
-def image_of(metric: str, sample: Sample) -> Image:
+def image_of(metric: str, sample: Sample) -> Pixels:
     """Return the image of a sample.
 
     Raises:

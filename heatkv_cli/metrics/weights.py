@@ -37,7 +37,7 @@ TORCHSCRIPT = frozenset({"b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca
 
 
 @dataclass(frozen=True)
-class WeightsFile:
+class NetworkFile:
     """A published file that a metric needs.
 
     Attributes:
@@ -87,7 +87,7 @@ class Wanted:
         sha256: what the user says its digest is; None leaves it to the published ones.
     """
 
-    file: WeightsFile
+    file: NetworkFile
     given: str | None = None
     folder: Path | None = None
     sha256: str | None = None
@@ -153,7 +153,7 @@ class Wanted:
         return path
 
 
-def find_weights(file: WeightsFile, given: str | None = None, folder: Path | None = None) -> Path:
+def find_weights(file: NetworkFile, given: str | None = None, folder: Path | None = None) -> Path:
     """Return the path of a file that a metric needs.
 
     Args:
@@ -180,7 +180,7 @@ def find_weights(file: WeightsFile, given: str | None = None, folder: Path | Non
     )
 
 
-def _in_hub_cache(file: WeightsFile) -> Path | None:
+def _in_hub_cache(file: NetworkFile) -> Path | None:
     if not file.repository:
         return None
     with contextlib.suppress(OSError):

@@ -87,7 +87,7 @@ def calibrate(cfg: RunConfig, resolver: Resolver, ui: Console) -> tuple[Path, Ca
 def measure(cfg: RunConfig, model: ImageModel, resolver: Resolver, ui: Console) -> Calibration:
     """Run the calibration images with the full cache and collect the statistics of their conditional rows."""
     prompts = resolver.prompts(cfg.calibration_prompts)
-    images, sampling, size = images_of(cfg, prompts, 1), cfg.model.sampling, cfg.runtime.batch_size
+    images, sampling, size = images_of(cfg, prompts.items, 1), cfg.model.sampling, cfg.runtime.batch_size
     parts = []
     with ui.progress(f"calibrate {cfg.model.name}", len(images), "prompt") as progress:
         for batch in (images[i : i + size] for i in range(0, len(images), size)):

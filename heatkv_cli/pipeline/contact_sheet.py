@@ -6,8 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image as Pixels
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from heatkv_cli.planning.job import ImageJob
 
@@ -24,7 +23,7 @@ def write_contact_sheet(path: Path, runs: Sequence[tuple[str, Path]], images: Se
     """
     font, title = ImageFont.load_default(11), 64
     width = LABEL + len(images) * (CELL + GAP)
-    sheet = Pixels.new("RGB", (width, title + len(runs) * (CELL + GAP)), "white")
+    sheet = Image.new("RGB", (width, title + len(runs) * (CELL + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, image in enumerate(images):
         words = "\n".join(textwrap.wrap(image.item.prompt, 20)[:4])
@@ -35,7 +34,7 @@ def write_contact_sheet(path: Path, runs: Sequence[tuple[str, Path]], images: Se
         for column, image in enumerate(images):
             file = folder / f"{image.image_id}.png"
             if file.exists():
-                picture = Pixels.open(file).convert("RGB").resize((CELL, CELL), Pixels.Resampling.NEAREST)
+                picture = Image.open(file).convert("RGB").resize((CELL, CELL), Image.Resampling.NEAREST)
                 sheet.paste(picture, (LABEL + column * (CELL + GAP), top))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image as Pixels
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from heatkv_cli.calibration.statistics import elbow
@@ -28,7 +27,7 @@ def write_variance_curve(path: Path, variance: Tensor, alpha: float) -> Path:
         alpha: share of contextual heads that HACK cuts off by default.
     """
     left, top, right, bottom = CURVE_BOX
-    image = Pixels.new("RGB", CURVE_SIZE, "white")
+    image = Image.new("RGB", CURVE_SIZE, "white")
     draw = ImageDraw.Draw(image)
     values = variance.flatten().double().sort().values
     highest = float(values[-1]) or 1.0
@@ -65,7 +64,7 @@ def write_scas_map(path: Path, scores: Tensor, sources: Sequence[int]) -> Path:
     rows = -(-count // columns)
     width, height = heads * CELL + GAP, layers * CELL + GAP + 14
     legend = MARGIN + max(columns * width, 260)
-    image = Pixels.new("RGB", (legend + 70, max(MARGIN + 14 + rows * height, 200)), "white")
+    image = Image.new("RGB", (legend + 70, max(MARGIN + 14 + rows * height, 200)), "white")
     draw, highest = ImageDraw.Draw(image), float(scores.max()) or 1.0
     title = "S-CAS by source scale: layers down, heads across"
     draw.text((MARGIN, 6), title, "black", FONT)
@@ -99,7 +98,7 @@ def heat(share: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _save(image: Pixels.Image, path: Path) -> Path:
+def _save(image: Image.Image, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
     return path

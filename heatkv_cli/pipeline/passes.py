@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image as Pixels
+from PIL import Image
 from torch import Tensor
 
 from heatkv_cli.config import config_hash
@@ -88,7 +88,7 @@ def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | 
                 chosen = job.cfg.model.layout_scales
                 forced = [] if codes is None else [step if s in chosen else None for s, step in enumerate(codes)]
                 watch = kind == FREE and batch[0] == job.own_batches[0][0]
-                made = _generate(job, model, batch, forced, generators_of(batch), watch)
+                made = make_batch(job, model, batch, forced, generators_of(batch), watch)
                 with memory_errors(len(batch)):
                     pixels = model.decode(made.trace.latent).cpu().numpy()
                 keep = made.trace if kind == FREE and job.cfg.is_reference else None
@@ -133,11 +133,11 @@ def run_forced(jobs: Sequence[Job], reference: Job, models: Models, ui: Console)
             model = models.get(reference)
             codes, full = load_codes(traces, batch), load_logits(traces, batch)
             if full is None:
-                made = _generate(reference, model, batch, codes, None)
+                made = make_batch(reference, model, batch, codes, None)
                 full = [_of_image(made.trace.logits, i) for i in range(len(batch))]
             for job, folder in lacking:
                 try:
-                    made = _generate(job, model, batch, codes, None)
+                    made = make_batch(job, model, batch, codes, None)
                 except HeatKVError as error:
                     failed[job.run_id] = error
                     continue
@@ -187,8 +187,8 @@ def _tell_earlier(job: Job, kind: str, ui: Console) -> None:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A batch that was generated.
+class Made:
+    """A batch that was made.
 
     Args:
         trace: what it decided.
@@ -213,17 +213,27 @@ class _Made:
         }
 
 
-def _generate(
+def make_batch(
     job: Job,
     model: ImageModel,
     batch: Batch,
     forced: Sequence[Tensor | None],
     generators: Sequence[torch.Generator] | None,
     watch: bool = False,
-) -> _Made:
-    """Run the scales for one batch.
+) -> Made:
+    """Run all scales for one batch, with a fresh cache.
 
-    A watched batch says how much memory a visit takes, and nothing of time, which watching costs.
+    Args:
+        job: the run.
+        model: its model.
+        batch: the images.
+        forced: codes that replace what would be drawn, one entry per scale; None where it is drawn.
+        generators: one an image; None where everything is forced.
+        watch: measure how much memory a visit takes, and no time, which watching costs.
+
+    Raises:
+        ArtifactError: logits that are not finite.
+        MemoryLimitError: the batch does not fit.
     """
     cuda = job.cfg.runtime.device == "cuda"
     if cuda:
@@ -241,7 +251,7 @@ def _generate(
     numbers = ledger.ratios() | {"text_seconds": text_seconds / len(batch)}
     if not watch:
         numbers |= _times(stages, len(batch))
-    numbers |= {CHOSEN + name: value for name, value in cache.policy.facts.items()}
+    numbers |= {CHOSEN + name: value for name, value in cache.policy.chosen.items()}
     peak = torch.cuda.max_memory_allocated(job.device) if cuda else None
     common = {
         "batch": batch[0].image_id,
@@ -251,11 +261,11 @@ def _generate(
         "cuda_peak_bytes": max(peak, seam.cuda_peak) if peak is not None and isinstance(seam, Watched) else peak,
         "status": "ok",
     }
-    return _Made(trace, numbers, common)  # without the cache: the decoder needs more memory than any scale
+    return Made(trace, numbers, common)  # without the cache: the decoder needs more memory than any scale
 
 
 def _pictures(
-    batch: Batch, made: _Made, pixels: Any, keep: Trace | None
+    batch: Batch, made: Made, pixels: Any, keep: Trace | None
 ) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     """Return the lines and files of a batch with pictures (B, height, width, 3), and its trace where that is kept."""
     rows: list[dict[str, Any]] = []
@@ -327,5 +337,5 @@ def _times(stages: dict[str, float], images: int) -> dict[str, float]:
 
 def _png(pixels: Any) -> bytes:
     buffer = io.BytesIO()
-    Pixels.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

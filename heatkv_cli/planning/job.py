@@ -7,7 +7,7 @@ A resolver remembers prompt lists, digests and artifacts, so that a sweep reads 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -204,9 +204,9 @@ def seed_of(cfg: RunConfig, prompt_id: str, sample: int, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1  # torch takes signed 64-bit seeds
 
 
-def images_of(cfg: RunConfig, prompts: PromptSet, samples: int) -> tuple[ImageJob, ...]:
-    """Return the images of a prompt list, in its order."""
-    pairs = [(item, sample) for item in prompts.items for sample in range(samples)]
+def images_of(cfg: RunConfig, items: Iterable[PromptItem], samples: int) -> tuple[ImageJob, ...]:
+    """Return the images of some prompts, in their order."""
+    pairs = [(item, sample) for item in items for sample in range(samples)]
     return tuple(
         ImageJob(f"{item.id}-{sample}" if samples > 1 else item.id, item, sample, seed_of(cfg, item.id, sample, index))
         for index, (item, sample) in enumerate(pairs)

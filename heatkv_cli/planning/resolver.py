@@ -193,7 +193,7 @@ class Resolver:
             alike["calibration"] = setting.calibration.sha256
         code = cfg.code_sha256
         digest = config_hash({**alike, "code": code})
-        every = images_of(cfg, inputs.prompts, inputs.samples)
+        every = images_of(cfg, inputs.prompts.items, inputs.samples)
         asked = len(every) if cfg.limit is None else min(cfg.limit * inputs.samples, len(every))
         size = cfg.runtime.batch_size
         images = every[: -(-asked // size) * size]

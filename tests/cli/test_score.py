@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image as Pixels
+from PIL import Image
 
 from heatkv_cli.cli import run
 from heatkv_cli.results import MANIFEST_FIELDS, encode_lines
@@ -25,7 +25,7 @@ def picture(seed: int, side: int = 16) -> np.ndarray:
 def folder(path: Path, names: dict[str, int]) -> Path:
     for name, seed in names.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        Pixels.fromarray(picture(seed)).save(path / name)
+        Image.fromarray(picture(seed)).save(path / name)
     return path
 
 
@@ -149,7 +149,7 @@ def test_a_damaged_image_costs_one_image(sides: tuple[Path, Path], tmp_path: Pat
         report = call(capsys, *arguments, code=6)
         assert report["metrics"]["psnr"][0]["n"] == 5
         assert "00003.png" in report["incomplete"][0]["reason"]
-    Pixels.fromarray(picture(3, 12)).save(victim)
+    Image.fromarray(picture(3, 12)).save(victim)
     assert "(12, 12, 3)" in call(capsys, *arguments, code=6)["incomplete"][0]["reason"]
     (sides[1] / "00003.png").unlink()
     assert "prompt 00003 has no reference" in call(capsys, *arguments, code=6)["incomplete"][0]["reason"]

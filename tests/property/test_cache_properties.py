@@ -109,7 +109,7 @@ class Script:
         current = 0 if visit is None else visit.k.shape[2]
         lengths = [self.slow.length(layer, h) for h in range(self.slow.geometry.num_heads)]
         if kind == "segments" and not nonempty:
-            decision = self._segments(layer, scale, visit)
+            decision = self._atoms(layer, scale, visit)
             if decision is not None:
                 return decision
         columns = self._columns([n + current for n in lengths], kind, nonempty)
@@ -155,7 +155,7 @@ class Script:
         same = all(per_head == columns[0] for per_head in columns)
         return Decision(Keep(layer, mask=mask[0] if same else mask, merged=Merged(heads, k, v)), columns, merged)
 
-    def _segments(self, layer: int, scale: int, visit: Visit | None) -> Decision | None:
+    def _atoms(self, layer: int, scale: int, visit: Visit | None) -> Decision | None:
         """Whole source scales; None where rows would keep different numbers of tokens."""
         g = self.slow.geometry
         segments = torch.tensor([[self.dice.random() < 0.6 for _ in range(g.num_scales)] for _ in range(g.num_heads)])
@@ -171,7 +171,7 @@ class Script:
             columns.append(per_head)
         if any([len(c) for c in per_head] != [len(c) for c in columns[0]] for per_head in columns):
             return None
-        return Decision(Keep(layer, segments=segments), columns)
+        return Decision(Keep(layer, atoms=segments), columns)
 
 
 class Scripted(Policy):

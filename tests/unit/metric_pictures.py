@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image as Pixels
+from PIL import Image
 
 from heatkv_cli.metrics.base import Sample
 from heatkv_cli.metrics.statistics import Moments
@@ -14,8 +14,8 @@ from heatkv_cli.metrics.statistics import Moments
 def picture(seed: int, height: int = 72, width: int = 64) -> np.ndarray:
     """A smooth coloured picture with some noise."""
     rng = np.random.default_rng(seed)
-    small = Pixels.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8))
-    smooth = np.asarray(small.resize((width, height), Pixels.Resampling.BICUBIC)).astype(int)
+    small = Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8))
+    smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
     return (smooth + rng.integers(-9, 10, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 

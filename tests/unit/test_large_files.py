@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from heatkv_cli.metrics.weights import WeightsFile, find_weights, weights_sha256
+from heatkv_cli.metrics.weights import NetworkFile, find_weights, weights_sha256
 from heatkv_cli.models.weights import WeightFile, damage, find_file, sha256_path
 from heatkv_cli.results import large_files, sha256_known
 from heatkv_cli.results.files import sha256_file
@@ -112,7 +112,7 @@ def test_models_and_metrics_look_into_the_same_places(
     reads: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = WeightFile("r", "net.pth", hub="owner/name/sub/net.pth")
-    metric = WeightsFile("net.pth", "a page", "owner/name", "sub/net.pth")
+    metric = NetworkFile("net.pth", "a page", "owner/name", "sub/net.pth")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

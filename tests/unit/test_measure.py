@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image as Pixels
+from PIL import Image
 
 from heatkv_cli.console import Console
 from heatkv_cli.errors import ArtifactError, SetupError
@@ -25,7 +25,7 @@ from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap
 from heatkv_cli.metrics.kl import KL
 from heatkv_cli.metrics.parameters import aside, parameter
 from heatkv_cli.metrics.pixels import PSNR
-from heatkv_cli.metrics.scores import Image
+from heatkv_cli.metrics.scores import Pixels
 from heatkv_cli.metrics.statistics import Moments
 from heatkv_cli.pipeline.image_folder import read_image, reference_of
 from heatkv_cli.pipeline.measure import Item, Measured, measure, metric_rows
@@ -72,7 +72,7 @@ class Corner:
     def digest(self) -> str:
         return "c" * 64
 
-    def __call__(self, images: Sequence[Image]) -> np.ndarray:
+    def __call__(self, images: Sequence[Pixels]) -> np.ndarray:
         if self.stop_after is not None and self.calls >= self.stop_after:
             raise KeyboardInterrupt
         self.calls += len(images)
@@ -104,7 +104,7 @@ class CornerDistance(SetMetric):
         return [frechet_value("", images, reference, bootstrap)]
 
 
-def picture(i: int) -> Image:
+def picture(i: int) -> Pixels:
     return np.random.default_rng(i).integers(0, 256, (2, 2, 3), dtype=np.uint8)
 
 
@@ -191,7 +191,7 @@ def test_shards_make_the_whole(tmp_path: Path, ui: Console) -> None:
 def test_a_damaged_image_is_named_and_the_others_count(tmp_path: Path, ui: Console) -> None:
     files = [tmp_path / f"{i}.png" for i in range(9)]
     for i, path in enumerate(files):
-        Pixels.fromarray(picture(i)).save(path)
+        Image.fromarray(picture(i)).save(path)
     whole = files[4].read_bytes()
     files[4].write_bytes(whole[: len(whole) // 2])
     files[6].unlink()
@@ -207,7 +207,7 @@ def test_a_damaged_image_is_named_and_the_others_count(tmp_path: Path, ui: Conso
         assert (found.status, found.values[0].n) == ("partial", 7)
         assert "2 images could not be measured" in found.reason and "4.png" in found.reason
     files[4].write_bytes(whole)
-    Pixels.fromarray(picture(6)).save(files[6])
+    Image.fromarray(picture(6)).save(files[6])
     repaired = Brightness()
     found = run(repaired, images, tmp_path / "out", ui)
     assert (found.status, found.values[0].n, repaired.seen) == ("ok", 9, ["4", "6"])
@@ -271,7 +271,7 @@ def test_reference_statistics_are_kept_by_content(tmp_path: Path, ui: Console) -
     folder = tmp_path / "reference"
     folder.mkdir()
     for i in range(12):
-        Pixels.fromarray(picture(70 + i)).save(folder / f"{i}.png")
+        Image.fromarray(picture(70 + i)).save(folder / f"{i}.png")
     first = CornerDistance()
     found = run(first, items(12), tmp_path / "a", ui, reference=reference_of(folder, tmp_path / "out", ui))
     assert first.extractor.calls == 24
@@ -284,7 +284,7 @@ def test_reference_statistics_are_kept_by_content(tmp_path: Path, ui: Console) -
     again = run(second, items(12), tmp_path / "a", ui, reference=reference_of(folder, tmp_path / "out", ui))
     by_file = run(CornerDistance(), items(12), tmp_path / "a", ui, reference=reference_of(kept, tmp_path, ui))
     assert second.extractor.calls == 0 and again == found == by_file
-    Pixels.fromarray(picture(99)).save(folder / "0.png")
+    Image.fromarray(picture(99)).save(folder / "0.png")
     third = CornerDistance()
     other = run(third, items(12), tmp_path / "a", ui, reference=reference_of(folder, tmp_path / "out", ui))
     assert third.extractor.calls == 12 and other.values[0].value != found.values[0].value
@@ -411,7 +411,7 @@ def test_only_psnr_may_be_infinite(tmp_path: Path, ui: Console) -> None:
 
 def test_features_and_distances_that_are_none_fail_the_metric(tmp_path: Path, ui: Console) -> None:
     class Blind(Corner):
-        def __call__(self, images: Sequence[Image]) -> np.ndarray:
+        def __call__(self, images: Sequence[Pixels]) -> np.ndarray:
             return np.full((len(images), 4), np.nan, np.float32)
 
     reference = Moments(4)

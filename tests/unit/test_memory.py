@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heatkv_cli.core.attention import joined
+from heatkv_cli.core.attention import concat_current
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.policy import Keep, Policy, Visit
@@ -209,7 +209,7 @@ class Uneven(Policy):
         segments = torch.ones(GEOMETRY.num_heads, GEOMETRY.num_scales, dtype=torch.bool)
         for head in range(GEOMETRY.num_heads):
             segments[head, : head % 3] = False
-        return (Keep(visit.layer, segments=segments),)
+        return (Keep(visit.layer, atoms=segments),)
 
 
 def test_keys_of_one_group_are_gone_when_the_next_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +219,7 @@ def test_keys_of_one_group_are_gone_when_the_next_are_read(monkeypatch: pytest.M
         if cache.scale:
             scale = 2 * current.nbytes  # the current keys and values
             weighed.append((held_bytes(cache) - cache.ledger.alloc_bytes - scale, history.nbytes))
-        return joined(history, current, heads)
+        return concat_current(history, current, heads)
 
     monkeypatch.setattr("heatkv_cli.core.cache.joined", spy)
     generate(cache)

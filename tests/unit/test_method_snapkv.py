@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_oracle import GEOMETRY, ROWS, Place, best, check, grid, pooled
+from selection_oracle import GEOMETRY, ROWS, Observed, best, check, grid, pooled
 
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
@@ -28,16 +28,16 @@ class SnapRule:
     def __init__(self, method: WindowMethod, window: int):
         self.method, self.window = method, window
 
-    def queries(self, place: Place) -> list[int]:
+    def queries(self, place: Observed) -> list[int]:
         tokens = len(place.attention)
         if self.method.obs == "grid":
             return grid(place.size, self.window)
         return list(range(max(0, tokens - self.window), tokens))
 
-    def score(self, place: Place) -> list[float]:
+    def score(self, place: Observed) -> list[float]:
         return [sum(place.attention[q][i] for q in self.queries(place)) for i in range(len(place.positions))]
 
-    def pick(self, place: Place, scores: list[float]) -> list[int]:
+    def pick(self, place: Observed, scores: list[float]) -> list[int]:
         own = {place.current + q for q in self.queries(place)}
         return best(pooled(place, scores, own, self.method.kernel, self.method.pooling), place.cap, own)
 
@@ -169,11 +169,11 @@ def test_early_caps_check_their_input() -> None:
 def test_the_window_shrinks_with_the_budget(method: WindowMethod) -> None:
     large = Geometry("large", 2, 2, 4, ScaleSchedule.squares((1, 2, 4, 8, 16, 20)), 1)
     for text, window in [("1", 32), ("0.5", 32), ("0.3", 25), ("0.1", 8), (str(Fraction(4, 341)), 1)]:
-        assert method.policy(Setting(large, Budget.parse(text), ROWS)).facts == {"window": window}
+        assert method.policy(Setting(large, Budget.parse(text), ROWS)).chosen == {"window": window}
     with pytest.raises(BudgetError, match="smallest feasible budget is 4/341 "):
         method.policy(Setting(large, Budget.parse(Fraction(4, 342)), ROWS))
     explicit = type(method)(window=9)
-    assert explicit.policy(Setting(large, Budget.parse("10/341"), ROWS)).facts == {"window": 9}
+    assert explicit.policy(Setting(large, Budget.parse("10/341"), ROWS)).chosen == {"window": 9}
     with pytest.raises(BudgetError, match="smallest feasible budget is 10/341 "):
         explicit.policy(Setting(large, Budget.parse("9/341"), ROWS))
 

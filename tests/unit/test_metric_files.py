@@ -34,7 +34,7 @@ from heatkv_cli.metrics.preference import judge
 from heatkv_cli.metrics.preference.hps import HPS
 from heatkv_cli.metrics.preference.image_reward import ImageReward
 from heatkv_cli.metrics.preference.official import OfficialScorer
-from heatkv_cli.metrics.weights import Wanted, WeightsFile, read_checkpoint, read_state
+from heatkv_cli.metrics.weights import NetworkFile, Wanted, read_checkpoint, read_state
 
 MARK = "HEATKV_TEST_MARK"
 SAMPLE = Sample("a", "a cat", image=picture(0), reference=picture(1))
@@ -196,7 +196,7 @@ def test_a_published_file_has_its_content_and_a_given_one_may_be_any(nowhere: Pa
 def test_files_of_the_hub_are_those_of_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     digest = hashlib.sha256(b"right").hexdigest()
-    file = WeightsFile("net.pt", "the hub", "owner/name", "sub/net.pt", revision="c" * 40, sha256=(digest,))
+    file = NetworkFile("net.pt", "the hub", "owner/name", "sub/net.pt", revision="c" * 40, sha256=(digest,))
     folder = tmp_path / "hub" / "models--owner--name"
     for commit, content in (("a" * 40, b"other"), ("c" * 40, b"right")):
         (folder / "snapshots" / commit / "sub").mkdir(parents=True)

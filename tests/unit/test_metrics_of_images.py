@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from metric_pictures import backbone, pairs, photos, picture, samples, tensor
-from PIL import Image as Pixels
+from PIL import Image
 
 from heatkv_cli.errors import ArtifactError, SetupError
 from heatkv_cli.metrics import weights as weights_module
@@ -174,7 +174,7 @@ def test_clip_score_agrees_with_a_loop_by_hand(clip: tuple[str, Path]) -> None:
             32 if height <= width else int(32 * height / width),
         )
         assert max(size) >= math.floor(max(height, width) * scale)
-        small = np.asarray(Pixels.fromarray(image).resize(size, Pixels.Resampling.BICUBIC))
+        small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
         top, left = round((size[1] - 32) / 2), round((size[0] - 32) / 2)
         x = (small[top : top + 32, left : left + 32] / 255 - mean) / std
         with torch.inference_mode():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from metric_pictures import moments, photos, picture, tensor
-from PIL import Image as Pixels
+from PIL import Image
 
 from heatkv_cli.metrics.frechet import frechet_distance, frechet_value
 from heatkv_cli.metrics.inception.fid import FID
@@ -106,7 +106,7 @@ def test_fid_of_folders_agrees_with_clean_fid_and_torch_fidelity(
         folders.append(tmp_path / name)
         folders[-1].mkdir()
         for i, image in enumerate(images):
-            Pixels.fromarray(image).save(folders[-1] / f"{i}.png")
+            Image.fromarray(image).save(folders[-1] / f"{i}.png")
     metric = FID(mode, weights=str(inception))  # type: ignore[arg-type]
     ours = metric.compute(moments(metric.extractor(sides[0])), moments(metric.extractor(sides[1])))[0]
     if mode == "tf1":

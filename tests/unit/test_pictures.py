@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image as Pixels
+from PIL import Image
 
 from heatkv_cli.console import Console
 from heatkv_cli.errors import ArtifactError, SetupError
@@ -104,17 +104,17 @@ def test_pictures_of_any_depth_are_read_exactly(data: bytes, expected: np.ndarra
 
 
 def test_palettes_and_lossless_formats_are_read_exactly(tmp_path: Path) -> None:
-    palette = Pixels.fromarray(RGB).quantize(16)
+    palette = Image.fromarray(RGB).quantize(16)
     palette.save(tmp_path / "p.png")
     np.testing.assert_array_equal(read_image(tmp_path / "p.png"), np.asarray(palette.convert("RGB")))
-    opaque = palette.convert("RGBA").quantize(8, Pixels.Quantize.FASTOCTREE)
+    opaque = palette.convert("RGBA").quantize(8, Image.Quantize.FASTOCTREE)
     opaque.save(tmp_path / "q.png")
     np.testing.assert_array_equal(read_image(tmp_path / "q.png"), np.asarray(opaque.convert("RGB")))
     for name in ("a.bmp", "a.webp", "A.PNG"):
-        Pixels.fromarray(RGB).save(tmp_path / name, lossless=True)
+        Image.fromarray(RGB).save(tmp_path / name, lossless=True)
         np.testing.assert_array_equal(read_image(tmp_path / name), RGB)
-    Pixels.fromarray(RGB).save(tmp_path / "a.jpg", quality=95)
-    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), np.asarray(Pixels.open(tmp_path / "a.jpg")))
+    Image.fromarray(RGB).save(tmp_path / "a.jpg", quality=95)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), np.asarray(Image.open(tmp_path / "a.jpg")))
     (tmp_path / "link.png").symlink_to(tmp_path / "p.png")
     np.testing.assert_array_equal(read_image(tmp_path / "link.png"), read_image(tmp_path / "p.png"))
 
@@ -123,19 +123,19 @@ def test_palettes_and_lossless_formats_are_read_exactly(tmp_path: Path) -> None:
 
 
 def animated(path: Path) -> None:
-    first, second = Pixels.fromarray(RGB), Pixels.fromarray(255 - RGB)
+    first, second = Image.fromarray(RGB), Image.fromarray(255 - RGB)
     first.save(path, format=path.suffix[1:].upper(), save_all=True, append_images=[second], lossless=True)
 
 
 def turned(path: Path) -> None:
-    exif = Pixels.Exif()
+    exif = Image.Exif()
     exif[0x0112] = 6
-    Pixels.fromarray(RGB).save(path, exif=exif)
+    Image.fromarray(RGB).save(path, exif=exif)
 
 
 def saved(mode: str, kind: str = "TIFF") -> Callable[[Path], None]:
     def save(path: Path) -> None:
-        Pixels.fromarray(RGB).convert(mode).save(path, format=kind)
+        Image.fromarray(RGB).convert(mode).save(path, format=kind)
 
     return save
 
@@ -210,7 +210,7 @@ def strange(folder: Path) -> dict[str, str]:
 
 def test_things_that_are_no_files_cost_themselves(tmp_path: Path) -> None:
     said = strange(tmp_path)
-    Pixels.fromarray(RGB).save(tmp_path / "good.png")
+    Image.fromarray(RGB).save(tmp_path / "good.png")
     found = scan(tmp_path)
     assert set(found) == {*said, "good"}
     np.testing.assert_array_equal(read_image(found["good"]), RGB)
@@ -227,7 +227,7 @@ def test_things_that_are_no_files_cost_themselves(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["pipe", "nowhere", "loop", "folder", "socket"])
 def test_a_reference_with_such_a_thing_is_a_setup_error(name: str, tmp_path: Path) -> None:
     strange(tmp_path)
-    Pixels.fromarray(RGB).save(tmp_path / "good.png")
+    Image.fromarray(RGB).save(tmp_path / "good.png")
     files = {key: path for key, path in scan(tmp_path).items() if key in (name, "good")}
     with pytest.raises(SetupError, match=f"{name}.png is no picture"):
         digest_of(files)

@@ -184,7 +184,7 @@ class Forgets(Policy):
     def after_attend(self, visit: Visit) -> Iterable[Keep]:
         segments = torch.ones(GEOMETRY.num_heads, K, dtype=torch.bool)
         segments[self.heads, visit.scale] = False
-        return (Keep(visit.layer, segments=segments),)
+        return (Keep(visit.layer, atoms=segments),)
 
 
 @pytest.mark.parametrize("heads", [slice(0, 1), slice(None)])

@@ -70,4 +70,4 @@ class _Scheduled(Policy):
         self._schedule = schedule
 
     def after_attend(self, visit: Visit) -> Iterable[Keep]:
-        return (Keep(visit.layer, segments=self._schedule.kept(visit.scale + 1, visit.layer)),)
+        return (Keep(visit.layer, atoms=self._schedule.kept(visit.scale + 1, visit.layer)),)

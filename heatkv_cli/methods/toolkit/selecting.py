@@ -20,7 +20,7 @@ from heatkv_cli.core.policy import Keep, Policy, Visit
 from heatkv_cli.core.scales import ScaleSchedule
 from heatkv_cli.methods.base import Method, Setting, Timing, at_least, refused
 
-Place = Literal["grid", "recent"]
+Observed = Literal["grid", "recent"]
 Recent = Literal["raster", "grid"]
 Pooling = Literal["avg", "max"]
 
@@ -65,7 +65,7 @@ def uniform_queries(tokens: int, count: int) -> Tensor:
     return torch.tensor([(2 * j + 1) * tokens // (2 * count) for j in range(count)])
 
 
-def observed_queries(size: tuple[int, int], count: int, obs: Place) -> Tensor:
+def observed_queries(size: tuple[int, int], count: int, obs: Observed) -> Tensor:
     """`grid_queries` or `recent_queries` of a map."""
     return grid_queries(size, count) if obs == "grid" else recent_queries(size[0] * size[1], count)
 
@@ -199,7 +199,7 @@ def kept_state(state: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Window:
+class ObservationWindow:
     """Score tokens by the attention of a few current queries, and keep the highest (SnapKV's rule).
 
     Args:
@@ -210,7 +210,7 @@ class Window:
     """
 
     tokens: int
-    obs: Place = "grid"
+    obs: Observed = "grid"
     kernel: int = 5
     pooling: Pooling = "avg"
     share_cfg: bool = False
@@ -256,7 +256,7 @@ class WindowMethod(Method):
 
     timing: Timing = "after"
     window: int | Literal["auto"] = "auto"
-    obs: Place = "grid"
+    obs: Observed = "grid"
     kernel: int = 5
     pooling: Pooling = "avg"
     share_cfg: bool = False
@@ -268,7 +268,7 @@ class WindowMethod(Method):
         if self.kernel % 2 == 0:
             raise refused(self, "kernel", "an odd number; 1 is no pooling")
 
-    def window_at(self, setting: Setting, state_bytes: int = 0) -> Window:
+    def window_at(self, setting: Setting, state_bytes: int = 0) -> ObservationWindow:
         """Return the window at this budget.
 
         Raises:
@@ -276,7 +276,7 @@ class WindowMethod(Method):
         """
         setting.require_cap(4 if self.window == "auto" else self.window + 1, state_bytes)
         tokens = window_tokens(self.window, self.paper_window, setting.stored_cap(state_bytes))
-        return Window(tokens, self.obs, self.kernel, self.pooling, self.share_cfg)
+        return ObservationWindow(tokens, self.obs, self.kernel, self.pooling, self.share_cfg)
 
 
 class Selecting(Policy):

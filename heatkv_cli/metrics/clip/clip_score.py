@@ -8,14 +8,14 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from PIL import Image as Pixels
+from PIL import Image
 
 from heatkv_cli.metrics.base import ImageMetric, Networked, Sample, Score, Spec, Value
 from heatkv_cli.metrics.clip.network import OPENAI_ARCH, TIMM, Clip, clip_bytes, load_clip
 from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap, mean_value
 from heatkv_cli.metrics.parameters import aside, parameter
 from heatkv_cli.metrics.scores import image_of
-from heatkv_cli.metrics.weights import Wanted, WeightsFile
+from heatkv_cli.metrics.weights import NetworkFile, Wanted
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class CLIPScore(Networked, ImageMetric):
     def files(self) -> tuple[Wanted, ...]:
         """Return the file of weights."""
         published = (self.file, self.hub) == (TIMM.name, TIMM.repository)
-        other = WeightsFile(self.file, f"https://huggingface.co/{self.hub}", self.hub, self.file)
+        other = NetworkFile(self.file, f"https://huggingface.co/{self.hub}", self.hub, self.file)
         return (Wanted(TIMM if published else other, self.weights, self.weights_folder),)
 
     def _load(self) -> Clip:
@@ -89,7 +89,7 @@ class CLIPScore(Networked, ImageMetric):
         """
         images = [image_of(self.spec.name, sample) for sample in samples]
         clip = self._load()
-        pixels = torch.stack([clip.preprocess(Pixels.fromarray(image)) for image in images]).to(self.device)
+        pixels = torch.stack([clip.preprocess(Image.fromarray(image)) for image in images]).to(self.device)
         prompts = [sample.prompt for sample in samples]
         text = clip.network.encode_text(clip.tokenizer(prompts).to(self.device), normalize=True)
         cosines = (clip.network.encode_image(pixels, normalize=True) * text).sum(1).tolist()

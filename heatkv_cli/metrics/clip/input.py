@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from PIL import Image as Pixels
+from PIL import Image
 from torch import Tensor
 
-from heatkv_cli.metrics.scores import Image
+from heatkv_cli.metrics.scores import Pixels
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def cropped(image: Image, size: int = 224) -> Tensor:
+def cropped(image: Pixels, size: int = 224) -> Tensor:
     """Return the network's input.
 
     Rule: Pillow's bicubic resize of the short side to ``size``, centre crop, to [0, 1], CLIP's mean and deviation.
@@ -28,5 +28,5 @@ def cropped(image: Image, size: int = 224) -> Tensor:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as F
 
-    picture = F.resize(Pixels.fromarray(image), [size], InterpolationMode.BICUBIC)
+    picture = F.resize(Image.fromarray(image), [size], InterpolationMode.BICUBIC)
     return F.normalize(F.to_tensor(F.center_crop(picture, [size, size])), CLIP_MEAN, CLIP_STD)

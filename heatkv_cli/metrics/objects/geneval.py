@@ -28,7 +28,7 @@ from heatkv_cli.metrics.objects.decisions import TASKS, Detection, Rules, decide
 from heatkv_cli.metrics.objects.detector import DETECTORS, NAMES, PARAMETERS, Detector, Instance
 from heatkv_cli.metrics.parameters import aside, parameter
 from heatkv_cli.metrics.pictures import read_image
-from heatkv_cli.metrics.scores import Image, image_of
+from heatkv_cli.metrics.scores import Pixels, image_of
 from heatkv_cli.metrics.weights import Wanted
 from heatkv_cli.results import write_file
 
@@ -247,7 +247,7 @@ class GenEval(Networked, ImageMetric):
             self._known[sample.prompt_id, sample.index] = record
         return record
 
-    def _look(self, image: Image, metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _look(self, image: Pixels, metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
         detector, name_colours = self._eyes()
         found = detector(image, self.min_score)
         coloured: dict[int, str] = {}

@@ -18,7 +18,7 @@ from heatkv_cli.metrics.base import ImageMetric, Sample, Score, Spec, Value
 from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap, mean_value
 from heatkv_cli.metrics.objects.decisions import TASKS, Detection, Rules, decide, judged_by
 from heatkv_cli.metrics.parameters import parameter
-from heatkv_cli.metrics.scores import Image, image_of
+from heatkv_cli.metrics.scores import Pixels, image_of
 
 PALETTE: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.12, 0.12),
@@ -42,7 +42,7 @@ _COLOUR_NAMES = list(PALETTE)
 _COLOURS = np.array(list(PALETTE.values()))
 
 
-def detect(image: Image, min_chroma: float = 0.28, min_area: float = 0.012) -> list[Detection]:
+def detect(image: Pixels, min_chroma: float = 0.28, min_area: float = 0.012) -> list[Detection]:
     """Return the objects of a picture.
 
     Rule: pixels whose largest and smallest channel differ by more than ``min_chroma`` are foreground; its

@@ -18,14 +18,14 @@ from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap, by_stratum, mean_va
 from heatkv_cli.metrics.parameters import parameter
 from heatkv_cli.metrics.pictures import read_image
 from heatkv_cli.metrics.preference.judge import Judge, Scorer
-from heatkv_cli.metrics.scores import Image
-from heatkv_cli.metrics.weights import WeightsFile, find_weights
+from heatkv_cli.metrics.scores import Pixels
+from heatkv_cli.metrics.weights import NetworkFile, find_weights
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 """Styles of the HPDv2 benchmark, 800 prompts each."""
 GROUP = 80
 """The official tables print means over groups of so many images and the spread of these means."""
-DEMO = WeightsFile(
+DEMO = NetworkFile(
     "hpsv2-demo_image.jpg", "https://github.com/tgxs002/HPSv2 (assets/demo_image.jpg)", licence="Apache-2.0"
 )
 DEMO_PROMPT = "A cat with two horns on its head"
@@ -33,9 +33,9 @@ GOLDEN = 0.2876
 """Cosine of the demo picture and its prompt with v2.0 (HPSv2 issue 27)."""
 
 
-def _checkpoint(name: str, *sha256: str, size: int) -> WeightsFile:
+def _checkpoint(name: str, *sha256: str, size: int) -> NetworkFile:
     commit, source = "697403c78157020a1ae59d23f111aa58ced35b0a", "https://huggingface.co/xswu/HPSv2"
-    return WeightsFile(name, source, "xswu/HPSv2", name, "Apache-2.0", commit, sha256, size)
+    return NetworkFile(name, source, "xswu/HPSv2", name, "Apache-2.0", commit, sha256, size)
 
 
 CHECKPOINTS = {
@@ -48,7 +48,7 @@ CHECKPOINTS = {
 }
 
 
-def preprocess(image: Image, size: int = 224, *, antialias: bool = True) -> Tensor:
+def preprocess(image: Pixels, size: int = 224, *, antialias: bool = True) -> Tensor:
     """Return the network's input.
 
     Rule: to [0, 1]; bicubic to ``size / max(height, width)`` of its size, each side rounded; zeros around it up to a
@@ -100,7 +100,7 @@ class NativeScorer:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+    def __call__(self, images: Sequence[Pixels], prompts: Sequence[str]) -> list[float]:
         """Return the cosine of each picture with its prompt; prompts over 77 tokens are cut, as officially."""
         network = self.clip.network
         pixels = torch.stack([preprocess(image, self.clip.size, antialias=self.antialias) for image in images])
@@ -151,7 +151,7 @@ class HPS(Judge):
             raise ConfigError(f"{name}.amp=true does nothing on {self.device}", f"use runtime=gpu, or {name}.amp=false")
 
     @property
-    def checkpoint(self) -> WeightsFile:
+    def checkpoint(self) -> NetworkFile:
         """The released checkpoint."""
         return CHECKPOINTS[self.release]
 

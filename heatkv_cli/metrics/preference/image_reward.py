@@ -18,18 +18,18 @@ from heatkv_cli.metrics.parameters import aside, parameter
 from heatkv_cli.metrics.pictures import read_image
 from heatkv_cli.metrics.preference.blip import RewardNet, Sizes
 from heatkv_cli.metrics.preference.judge import Judge, Scorer
-from heatkv_cli.metrics.scores import Image
-from heatkv_cli.metrics.weights import Lack, Wanted, WeightsFile, find_weights, load_exactly, package, read_state
+from heatkv_cli.metrics.scores import Pixels
+from heatkv_cli.metrics.weights import Lack, NetworkFile, Wanted, find_weights, load_exactly, package, read_state
 
 MAX_TOKENS = 35
 _REPOSITORY, _COMMIT = "zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72"
 _SOURCE = f"https://huggingface.co/{_REPOSITORY}"
-CHECKPOINT = WeightsFile(
+CHECKPOINT = NetworkFile(
     "ImageReward.pt", _SOURCE, _REPOSITORY, "ImageReward.pt", "Apache-2.0", _COMMIT, bytes=1_790_000_000
 )
 """No digest of it is published; its size is rounded to three digits."""
-MED_CONFIG = WeightsFile("med_config.json", _SOURCE, _REPOSITORY, "med_config.json", "Apache-2.0", _COMMIT)
-VOCABULARY = WeightsFile(
+MED_CONFIG = NetworkFile("med_config.json", _SOURCE, _REPOSITORY, "med_config.json", "Apache-2.0", _COMMIT)
+VOCABULARY = NetworkFile(
     "bert-base-uncased-vocab.txt",
     "https://huggingface.co/google-bert/bert-base-uncased (vocab.txt)",
     "google-bert/bert-base-uncased",
@@ -43,7 +43,7 @@ GOLDEN_PROMPT = "a painting of an ocean with clouds and birds, day time, low dep
 GOLDEN = (0.58, 0.27, -1.41, -2.03)
 """Rewards of ``EXAMPLES`` for ``GOLDEN_PROMPT``, as the ImageReward repository prints them."""
 EXAMPLES = tuple(
-    WeightsFile(f"image-reward-{i}.webp", f"https://github.com/zai-org/ImageReward (assets/images/{i}.webp)")
+    NetworkFile(f"image-reward-{i}.webp", f"https://github.com/zai-org/ImageReward (assets/images/{i}.webp)")
     for i in range(1, 5)
 )
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
@@ -96,7 +96,7 @@ class NativeScorer:
         self._net, self._size, self._device = ready(net.float(), device), sizes.image, device
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+    def __call__(self, images: Sequence[Pixels], prompts: Sequence[str]) -> list[float]:
         """Return the rewards of pictures with their prompts."""
         encoded = self._tokenizer.encode_batch(list(prompts))
         tokens = torch.tensor([e.ids for e in encoded], device=self._device)
@@ -151,7 +151,7 @@ class ImageReward(Judge):
         return Sizes(**(self.sizes or {}))
 
     @property
-    def checkpoint(self) -> WeightsFile:
+    def checkpoint(self) -> NetworkFile:
         """The released checkpoint."""
         return CHECKPOINT
 

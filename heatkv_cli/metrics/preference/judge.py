@@ -17,8 +17,8 @@ from heatkv_cli.metrics.base import ImageMetric, Networked, Sample
 from heatkv_cli.metrics.networks import loaded
 from heatkv_cli.metrics.parameters import SHA256, aside, parameter
 from heatkv_cli.metrics.preference.official import OfficialScorer
-from heatkv_cli.metrics.scores import Image, image_of
-from heatkv_cli.metrics.weights import Lack, Wanted, WeightsFile
+from heatkv_cli.metrics.scores import Pixels, image_of
+from heatkv_cli.metrics.weights import Lack, NetworkFile, Wanted
 
 
 class Scorer(Protocol):
@@ -29,7 +29,7 @@ class Scorer(Protocol):
         """Packages that an official back end runs on; none for our own networks."""
         ...
 
-    def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+    def __call__(self, images: Sequence[Pixels], prompts: Sequence[str]) -> list[float]:
         """Return one number per picture, in order."""
         ...
 
@@ -75,7 +75,7 @@ class Judge(Networked, ImageMetric):
         return self.backend == "official"
 
     @property
-    def checkpoint(self) -> WeightsFile:
+    def checkpoint(self) -> NetworkFile:
         """The published checkpoint."""
         raise NotImplementedError
 

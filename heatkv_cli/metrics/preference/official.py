@@ -26,10 +26,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as Pixels
+from PIL import Image
 
 from heatkv_cli.errors import ArtifactError, SetupError
-from heatkv_cli.metrics.scores import Image
+from heatkv_cli.metrics.scores import Pixels
 
 PROTOCOL = 1
 WORKER = Path(__file__).with_name("official_worker.py")
@@ -79,7 +79,7 @@ class OfficialScorer:
             raise SetupError(f"the worker for {package} did not greet with protocol {PROTOCOL}: {hello}", "reinstall")
         self.versions: dict[str, str] = versions
 
-    def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> list[float]:
+    def __call__(self, images: Sequence[Pixels], prompts: Sequence[str]) -> list[float]:
         """Return scores as the package gives them.
 
         Raises:
@@ -88,7 +88,7 @@ class OfficialScorer:
         """
         return [self._ask(i, image, prompt) for i, (image, prompt) in enumerate(zip(images, prompts, strict=True))]
 
-    def _ask(self, number: int, image: Image, prompt: str) -> float:
+    def _ask(self, number: int, image: Pixels, prompt: str) -> float:
         request = {"id": number, "prompt": prompt, "image": base64.b64encode(_png(image)).decode("ascii")}
         stdin = self._process.stdin
         try:
@@ -166,7 +166,7 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def _png(image: Image) -> bytes:
+def _png(image: Pixels) -> bytes:
     buffer = io.BytesIO()
-    Pixels.fromarray(image).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
