@@ -22,9 +22,9 @@ from heatkv_cli.metrics.base import Networked
 from heatkv_cli.metrics.networks import loaded, ready
 from heatkv_cli.metrics.parameters import aside
 from heatkv_cli.metrics.pictures import resized_planes, sample_pictures
-from heatkv_cli.metrics.scores import Features, Image
+from heatkv_cli.metrics.scores import Features, Pixels
 from heatkv_cli.metrics.statistics import Gaussian
-from heatkv_cli.metrics.weights import Wanted, WeightsFile, load_exactly, read_state
+from heatkv_cli.metrics.weights import NetworkFile, Wanted, load_exactly, read_state
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 CLASS = "class_index"
@@ -32,7 +32,7 @@ CLASS = "class_index"
 DIM = 64
 SIDE = 32
 NAME = "fashion-classifier"
-FILE = WeightsFile(
+FILE = NetworkFile(
     "fashion.safetensors",
     "the package itself: install heatkv again",
     licence="MIT",
@@ -121,7 +121,7 @@ class FashionClassifier:
         return loaded((NAME, self.digest(), self.device), lambda: _load(path, self.device))
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Image]) -> Features:
+    def __call__(self, images: Sequence[Pixels]) -> Features:
         """Return (n, 64) features of n pictures.
 
         Raises:
@@ -137,7 +137,7 @@ class FashionClassifier:
         logits: Tensor = judge.network.head(torch.from_numpy(features).to(self.device))
         return logits
 
-    def prepare(self, images: Sequence[Image]) -> Tensor:
+    def prepare(self, images: Sequence[Pixels]) -> Tensor:
         """Return (n, 1, 32, 32) in [0, 1]: the mean over the channels, a whole number of 255ths."""
         for image in images:
             if image.shape[:2] != (SIDE, SIDE):
