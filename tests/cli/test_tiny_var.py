@@ -25,13 +25,20 @@ def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
 def test_a_sweep_from_calibration_to_scores(tmp_path: Path, capsys: Capture) -> None:
     out = str(tmp_path)
     report = call(
-        capsys, "eval", "model=tiny-var", "method=streaming,heatkv", "budget=0.1", "--limit", "16",
+        capsys,
+        "eval",
+        "model=tiny-var",
+        "method=streaming,heatkv",
+        "budget=0.1",
+        "--limit",
+        "16",
         "metric=kl,psnr,psnr_layout,fashion_accuracy,fashion_fd,fashion_score,fashion_precision_recall",
-        "--out", out, *SMALL,
-    )  # fmt: skip
-    assert (
-        report["status"] == "done" and len(list(tmp_path.glob("calibration/tiny-var-*/calibration.safetensors"))) == 1
+        "--out",
+        out,
+        *SMALL,
     )
+    assert report["status"] == "done"
+    assert len(list(tmp_path.glob("calibration/tiny-var-*/calibration.safetensors"))) == 1
     with Path(report["path"]).open(newline="") as f:
         rows = [row for row in csv.DictReader(f) if row["variant"] in ("", "precision", "recall")]
     found = {(row["method"], row["metric"], row["variant"]): row for row in rows}
@@ -43,12 +50,21 @@ def test_a_sweep_from_calibration_to_scores(tmp_path: Path, capsys: Capture) -> 
         assert found[method, "fashion_fd", ""]["status"] == found[method, "fashion_score", ""]["status"] == "ok"
         assert (method, "fashion_precision_recall", "recall") in found
     assert float(found["heatkv", "kl", ""]["beta_alloc"]) <= 0.1
-    pictures = sorted(tmp_path.glob("*/free/*.png"))
+    pictures = sorted(tmp_path.rglob("free/*.png"))
     assert len(pictures) == 3 * 16 and Image.open(pictures[0]).size == (32, 32)
     again = call(
-        capsys, "eval", "model=tiny-var", "method=streaming,heatkv", "budget=0.1", "--limit", "16", "metric=kl",
-        "--out", out, *SMALL,
-    )  # fmt: skip
+        capsys,
+        "eval",
+        "model=tiny-var",
+        "method=streaming,heatkv",
+        "budget=0.1",
+        "--limit",
+        "16",
+        "metric=kl",
+        "--out",
+        out,
+        *SMALL,
+    )
     values = {run["method"]: run["metrics"]["kl"][0]["value"] for run in again["runs"]}
     assert values == pytest.approx(kl)
 
