@@ -9,6 +9,7 @@ Nothing is imported here before it is used: `heatkv --help` must not pay for tor
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -22,6 +23,4 @@ def __getattr__(name: str) -> Any:
     """Import the library when one of its functions is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from heatkv_cli import library
-
-    return getattr(library, name)
+    return getattr(import_module("heatkv_cli.library"), name)

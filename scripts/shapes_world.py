@@ -3,8 +3,9 @@
 Six task families follow GenEval (names included): one object, two objects, counting, colours, position, colour
 attribution. A scene is drawn first and its caption and picture are made from it, so both are exact.
 
-Lengths are in cells: a picture is ``CELLS`` x ``CELLS`` cells, one per token of tiny's last scale. Centres lie on the
-cell grid, radii are 1.5 to 2 cells and the bounding boxes of two objects are at least one cell apart.
+Lengths are in cells: a picture is ``CELLS`` x ``CELLS`` cells whatever its size in pixels; at ``SIDE`` pixels a cell is
+one token of tiny's last scale. Centres lie on the cell grid, radii are 1.5 to 2 cells and the bounding boxes of two
+objects are at least one cell apart.
 
 Used by the training script and by ``make_shapes_prompts.py``; the package itself only reads the prompt lists.
 """
@@ -262,10 +263,12 @@ def _numbers(thing: Thing) -> tuple[float, float, float, float, float]:
     return thing.x, thing.y, thing.radius, COLOUR_NAMES.index(thing.colour), SHAPES.index(thing.shape)
 
 
-def batch(n: int, rng: random.Random, task: str | None = None) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
-    """Draw ``n`` scenes: images (n, 3, SIDE, SIDE), word ids (n, MAX_WORDS) long, and the scenes."""
+def batch(
+    n: int, rng: random.Random, task: str | None = None, side: int = SIDE
+) -> tuple[torch.Tensor, torch.Tensor, list[Scene]]:
+    """Draw ``n`` scenes: images (n, 3, side, side), word ids (n, MAX_WORDS) long, and the scenes."""
     scenes = [sample(rng, task) for _ in range(n)]
-    return render(scenes), torch.tensor([encode_words(s.caption) for s in scenes]), scenes
+    return render(scenes, side), torch.tensor([encode_words(s.caption) for s in scenes]), scenes
 
 
 def metadata(scene: Scene) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The bundled model as it is trained: sizes, whole-sequence attention, self-correcting inputs, the networks together.
+"""The models of the shapes world in training: sizes, whole-sequence attention, self-correcting inputs, networks.
 
 Used by `train_tiny.py`. The transformer, tokenizer and text encoder are the package's own; what is here exists only in
 training.
@@ -7,6 +7,8 @@ training.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -22,26 +24,60 @@ from heatkv_cli.models.infinity.tokenizer import Codes, Tokenizer, TokenizerConf
 from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig, Text
 from shapes_world import COLOUR_NAMES, MAX_WORDS, SHAPES, WORDS, Scene
 
-SIDES = (1, 2, 3, 4, 5, 6, 8, 10)
-SIZES = [(p, p) for p in SIDES]
 TOKENIZER = TokenizerConfig(bits=16, base_channels=48, multipliers=(1, 1), norm_groups=8, stem=4)
 CODES = Codes(TOKENIZER.bits)
 TRANSFORMER = InfinityConfig(
     depth=8, width=160, heads=8, block_chunks=4, codes=CODES, text_channels=128, text_length=MAX_WORDS
 )
 TEXT_LAYERS = 2
-SAMPLING = Sampling(cfg=(2.0,) * 8, tau=(1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.3))
 PLACES = ("", "left", "right", "top", "bottom")
 PROBES = (len(COLOUR_NAMES) + 1, len(SHAPES), len(PLACES))  # classes of the probe: colour, shape, place
-SHORT = 7  # scales of a short training step
 MERGED_SCALES = 5  # these small scales share one masked product in training
 
 
-def tiny_model(transformer: Infinity, tokenizer: Tokenizer, text: WordEncoder) -> InfinityModel:
-    geometry = Geometry(
-        "tiny", TRANSFORMER.depth, TRANSFORMER.heads, TRANSFORMER.head_dim, ScaleSchedule(tuple(SIZES)), 1
-    )
-    return InfinityModel(geometry, transformer, tokenizer, text, SIZES[-1])
+@dataclass(frozen=True)
+class Shape:
+    """A model of the shapes world: networks as above, a map of `sides[-1]` x `sides[-1]` tokens.
+
+    Args:
+        name: the model's, as in conf/model.
+        sides: tokens a side, scale by scale.
+        tau: temperature of each scale when pictures are drawn to be scored.
+        short: scales of a short training step.
+    """
+
+    name: str
+    sides: tuple[int, ...]
+    tau: tuple[float, ...]
+    short: int
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        return [(p, p) for p in self.sides]
+
+    @property
+    def pixels(self) -> int:
+        """Side of a picture."""
+        return self.sides[-1] * TOKENIZER.stride
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(cfg=(2.0,) * len(self.sides), tau=self.tau)
+
+    def levels(self, scales: int) -> Tensor:
+        """Scale of each token of the first `scales` scales, (N,)."""
+        return torch.cat([torch.full((p * p,), i) for i, p in enumerate(self.sides[:scales])])
+
+    def model(self, transformer: Infinity, tokenizer: Tokenizer, text: WordEncoder) -> InfinityModel:
+        """The trained networks as the package runs them."""
+        t = TRANSFORMER
+        geometry = Geometry(self.name, t.depth, t.heads, t.head_dim, ScaleSchedule(tuple(self.sizes)), 1)
+        return InfinityModel(geometry, transformer, tokenizer, text, self.sizes[-1])
+
+
+TINY = Shape("tiny", (1, 2, 3, 4, 5, 6, 8, 10), (1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.3), 7)
+TINY_160 = Shape("tiny-160", (1, 2, 3, 4, 6, 8, 10, 13, 16, 20), (1.0, 1.0, 1.0, 1.0, 0.6, 0.5, 0.4, 0.3, 0.3, 0.3), 7)
+MODELS = {shape.name: shape for shape in (TINY, TINY_160)}
 
 
 class BlockCausal(torch.autograd.Function):
@@ -81,10 +117,10 @@ class BlockCausal(torch.autograd.Function):
 class TrainingAttention:
     """The seam of the model in training: no cache, all scales at once."""
 
-    def __init__(self, scales: int, dtype: torch.dtype):
-        ends = torch.tensor([p * p for p in SIDES[:scales]]).cumsum(0).tolist()
+    def __init__(self, shape: Shape, scales: int, dtype: torch.dtype):
+        ends = torch.tensor([p * p for p in shape.sides[:scales]]).cumsum(0).tolist()
         merged = min(MERGED_SCALES, scales)
-        level = torch.cat([torch.full((p * p,), i) for i, p in enumerate(SIDES[:merged])])
+        level = shape.levels(merged)
         mask = torch.where(level[:, None] >= level[None], 0.0, -torch.inf).to(dtype)
         self.spans = [(0, len(level), mask), *((a, b, None) for a, b in pairwise(ends[merged - 1 :]))]
 
@@ -93,27 +129,29 @@ class TrainingAttention:
 
 
 @torch.no_grad()
-def noisy_codes(latents: Tensor, flip: float, scales: int) -> tuple[list[Tensor], list[Tensor]]:
+def noisy_codes(latents: Tensor, sides: Sequence[int], flip: float) -> tuple[list[Tensor], list[Tensor]]:
     """Clean target bits (B, N_s, d) and, after each scale, the sum of the codes with mistakes in them (B, d, H, W).
+
+    `sides`: of the first scales, as many as are wanted.
 
     Bitwise self-correction (Infinity, section 3.4): a random share of the bits of each scale, up to `flip`, is turned
     before the later scales are quantised, so that they learn to repair earlier mistakes.
     """
     total, bits, totals = torch.zeros_like(latents), [], []
-    for side in SIDES[:scales]:
+    for side in sides:
         seen = F.normalize(F.interpolate(latents - total, side, mode="area"), dim=1)
         bits.append(CODES.to_tokens((seen > 0).float()))
         share = torch.rand(len(latents), 1, 1, 1) * flip
         turned = (seen > 0) ^ (torch.rand_like(seen) < share)
-        total = total + resize(CODES.embed(turned.permute(0, 2, 3, 1)), SIZES[-1])
+        total = total + resize(CODES.embed(turned.permute(0, 2, 3, 1)), (latents.shape[-2], latents.shape[-1]))
         totals.append(total)
     return bits, totals
 
 
-def noisy_inputs(latents: Tensor, flip: float, scales: int) -> tuple[Tensor, Tensor]:
-    """Target bits (B, N, d) and transformer inputs (B, N - 1, d) of the first `scales` scales; see `noisy_codes`."""
-    bits, totals = noisy_codes(latents, flip, scales)
-    inputs = [CODES.to_tokens(resize(x, size)) for x, size in zip(totals, SIZES[1:scales], strict=False)]
+def noisy_inputs(latents: Tensor, sides: Sequence[int], flip: float) -> tuple[Tensor, Tensor]:
+    """Target bits (B, N, d) and transformer inputs (B, N - 1, d) of the scales in `sides`; see `noisy_codes`."""
+    bits, totals = noisy_codes(latents, sides, flip)
+    inputs = [CODES.to_tokens(resize(x, (side, side))) for x, side in zip(totals, sides[1:], strict=False)]
     return torch.cat(bits, 1), torch.cat(inputs, 1)
 
 
@@ -124,7 +162,7 @@ class Tiny(torch.nn.Module):
     object is left of which) a direct gradient and is not shipped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.text = WordEncoder(WORDS, MAX_WORDS, TRANSFORMER.text_channels, TEXT_LAYERS)
         self.transformer = Infinity(TRANSFORMER)
@@ -140,10 +178,9 @@ class Tiny(torch.nn.Module):
         torch.nn.init.normal_(net.lvl_embed.weight, std=0.3)
         torch.nn.init.normal_(net.head.weight, std=0.02)
         torch.nn.init.normal_(net.head_nm.ada_lin[1].weight, std=0.01)
-        table = rope_table(TRANSFORMER.head_dim, tuple(SIZES), SIZES[-1])
+        table = rope_table(TRANSFORMER.head_dim, tuple(shape.sizes), shape.sizes[-1])
         self.register_buffer("rope", table, persistent=False)
-        levels = torch.cat([torch.full((p * p,), i) for i, p in enumerate(SIDES)])
-        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("levels", shape.levels(len(shape.sides)), persistent=False)
 
     def forward(
         self, ids: Tensor, dropped: Tensor, inputs: Tensor, attention: TrainingAttention

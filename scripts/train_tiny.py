@@ -1,12 +1,16 @@
-"""Train the bundled tiny model on the shapes world: tokenizer, then transformer and text encoder, then export.
+"""Train a model of the shapes world: tokenizer, then transformer and text encoder, then export.
 
     python scripts/train_tiny.py tokenizer --seconds 900      # gate: detector on reconstructions >= 0.98
     python scripts/train_tiny.py decoder --seconds 300        # clean pictures from codes with mistakes
     python scripts/train_tiny.py transformer --seconds 6000   # resumes from <out>/transformer.pt
-    python scripts/train_tiny.py export                       # writes heatkv_cli/assets/tiny.safetensors (fp16)
-    python scripts/train_tiny.py restore                      # the way back: checkpoints from the shipped model
+    python scripts/train_tiny.py export                       # writes heatkv_cli/assets/<model>.safetensors (fp16)
+    python scripts/train_tiny.py restore                      # the way back: checkpoints from an exported model
 
-Every stage can be killed and started again: it goes on from its last checkpoint under --out (default runs/tiny) and
+`--model tiny-160` makes the model of 160 x 160 pixels. It begins with the networks of tiny, which fit any map:
+
+    python scripts/train_tiny.py restore --model tiny-160     # from heatkv_cli/assets/tiny.safetensors
+
+Every stage can be killed and started again: it goes on from its last checkpoint under --out (default runs/<model>) and
 appends to <out>/tokenizer.csv or <out>/transformer.csv. Two CPU cores are enough; times are wall-clock seconds.
 """
 
@@ -38,21 +42,18 @@ from shapes_world import TASKS as TASK_WEIGHTS
 from shapes_world import batch as world_batch
 from shapes_world import sample as world_sample
 from tiny_net import (
-    SAMPLING,
-    SHORT,
-    SIDES,
-    SIZES,
+    MODELS,
     TOKENIZER,
     FullAttention,
+    Shape,
     Tiny,
     TrainingAttention,
     noisy_codes,
     noisy_inputs,
     noun_labels,
-    tiny_model,
 )
 
-ASSET = Path(heatkv_cli.__file__).parent / "assets" / "tiny.safetensors"
+ASSETS = Path(heatkv_cli.__file__).parent / "assets"
 
 
 def log_row(path: Path, row: dict[str, object]) -> None:
@@ -74,19 +75,19 @@ def save(path: Path, **state: object) -> None:
 # ---------------------------------------------------------------------------------------------------- tokenizer
 
 
-def quantise_ste(latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantise_ste(latent: Tensor, sides: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """The tokenizer's residual quantisation with straight-through gradients.
 
     Returns the summed codes, minus the entropy of the mean bit (to be maximised) and the commitment loss.
     """
     size = (latent.shape[-2], latent.shape[-1])
     total, entropy, commit = torch.zeros_like(latent), latent.new_zeros(()), latent.new_zeros(())
-    for side in SIZES:
+    for side in sides:
         unit = F.normalize(F.interpolate(latent - total, side, mode="area"), dim=1)
         code = torch.where(unit > 0, 1.0, -1.0) / math.sqrt(TOKENIZER.bits)
         p = torch.sigmoid(unit * math.sqrt(TOKENIZER.bits) * 4).mean((0, 2, 3)).clamp(1e-5, 1 - 1e-5)
-        entropy = entropy + (p * p.log() + (1 - p) * (1 - p).log()).mean() / len(SIZES)
-        commit = commit + (unit - code).square().sum(1).mean() / len(SIZES)
+        entropy = entropy + (p * p.log() + (1 - p) * (1 - p).log()).mean() / len(sides)
+        commit = commit + (unit - code).square().sum(1).mean() / len(sides)
         total = total + resize(unit + (code - unit).detach(), size)
     return total, entropy, commit
 
@@ -102,13 +103,18 @@ def score_scenes(images: Tensor, scenes: list[Scene]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def check_tokenizer(tokenizer: Tokenizer, count: int = 300) -> dict[str, float]:
+def check_tokenizer(tokenizer: Tokenizer, shape: Shape, count: int = 300) -> dict[str, float]:
     """PSNR and detector score on reconstructions of unseen scenes."""
-    images, _, scenes = world_batch(count, random.Random(99))
-    summed, _ = tokenizer.encode(images * 2 - 1, SIZES)
-    out = tokenizer.decode(summed) / 2 + 0.5
+    images, _, scenes = world_batch(count, random.Random(99), side=shape.pixels)
+    parts = [tokenizer.decode(tokenizer.encode(part * 2 - 1, shape.sizes)[0]) for part in images.split(50)]
+    out = torch.cat(parts) / 2 + 0.5
     psnr = -10 * math.log10((out - images).square().mean().item())
     return {"psnr": round(psnr, 2), "reconstructed": round(score_scenes(out, scenes)["mean"], 4)}
+
+
+def draw_pool(count: int, rng: random.Random, side: int) -> Tensor:
+    """Pictures to train on, uint8 (count, 3, side, side)."""
+    return torch.cat([world_batch(512, rng, side=side)[0].mul(255).round().byte() for _ in range(count // 512)])
 
 
 def train_tokenizer(a: argparse.Namespace) -> None:
@@ -124,7 +130,7 @@ def train_tokenizer(a: argparse.Namespace) -> None:
             opt.load_state_dict(state["opt"])
         step, spent = state["step"], state["spent"]
     rng = random.Random(1 + step)
-    pool = torch.cat([world_batch(512, rng)[0].mul(255).round().byte() for _ in range(a.pool // 512)])
+    pool = draw_pool(a.pool, rng, a.shape.pixels)
     last, due = time.time(), spent + a.every
     while spent < a.seconds:
         rate = a.lr * min(1, (step + 1) / 50) * max(0.02, math.cos(spent / a.seconds * math.pi / 2))
@@ -133,7 +139,7 @@ def train_tokenizer(a: argparse.Namespace) -> None:
         x = pool[torch.randint(0, len(pool), (a.batch,))].float().div(255)
         with torch.autocast("cpu", torch.bfloat16):
             latent = model.encoder(x * 2 - 1)
-        total, entropy, commit = quantise_ste(latent.float())
+        total, entropy, commit = quantise_ste(latent.float(), a.shape.sides)
         with torch.autocast("cpu", torch.bfloat16):
             out = model.decoder(total)
         error = out.float() / 2 + 0.5 - x
@@ -150,7 +156,7 @@ def train_tokenizer(a: argparse.Namespace) -> None:
             model.eval()
             row = {"step": step, "seconds": round(spent), "images": step * a.batch, "loss": round(loss.item(), 4)}
             save(path, model=model.state_dict(), opt=opt.state_dict(), step=step, spent=spent)
-            log_row(log, row | check_tokenizer(model))
+            log_row(log, row | check_tokenizer(model, a.shape))
             model.train()
             last = time.time()
 
@@ -166,7 +172,7 @@ def train_decoder(a: argparse.Namespace) -> None:
     model.decoder.requires_grad_(True)
     opt = torch.optim.AdamW(model.decoder.parameters(), lr=a.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     rng = random.Random(2)
-    pool = torch.cat([world_batch(512, rng)[0].mul(255).round().byte() for _ in range(a.pool // 512)])
+    pool = draw_pool(a.pool, rng, a.shape.pixels)
     while (spent := time.time() - begin) < a.seconds:
         opt.param_groups[0]["lr"] = (
             a.lr * min(1, (step + 1) / 50) * max(0.02, math.cos(spent / a.seconds * math.pi / 2))
@@ -174,7 +180,7 @@ def train_decoder(a: argparse.Namespace) -> None:
         x = pool[torch.randint(0, len(pool), (a.batch,))].float().div(255)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = model.encoder(x * 2 - 1)
-        _, totals = noisy_codes(latents.float(), a.flip, len(SIDES))
+        _, totals = noisy_codes(latents.float(), a.shape.sides, a.flip)
         with torch.autocast("cpu", torch.bfloat16):
             out = model.decoder(totals[-1])
         error = out.float() / 2 + 0.5 - x
@@ -185,7 +191,10 @@ def train_decoder(a: argparse.Namespace) -> None:
         step += 1
         if step % 200 == 0:
             psnr = -10 * math.log10(error.square().mean().item())
-            log_row(log, {"step": step, "seconds": round(spent), "noisy_psnr": round(psnr, 2)} | check_tokenizer(model))
+            log_row(
+                log,
+                {"step": step, "seconds": round(spent), "noisy_psnr": round(psnr, 2)} | check_tokenizer(model, a.shape),
+            )
     save(path, **{**state, "model": model.state_dict(), "opt": None})
 
 
@@ -199,14 +208,14 @@ def load_tokenizer(a: argparse.Namespace) -> Tokenizer:
 
 
 def load_latents(a: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents fp16 (n, d, 10, 10), word ids (n, M), noun labels (n, 2, 4) of `a.images` scenes; made once."""
+    """Latents fp16 (n, d, H, W), word ids (n, M), noun labels (n, 2, 4) of `a.images` scenes; made once."""
     trained = torch.load(a.out / "tokenizer.pt")["step"]
     path = a.out / f"latents-{a.images}-{trained}.pt"  # of this tokenizer, not of an earlier one
     if path.exists():
         return torch.load(path)
     tokenizer, rng, parts, begin = load_tokenizer(a), random.Random(1000), [], time.time()
     for _ in range(math.ceil(a.images / 512)):
-        images, ids, scenes = world_batch(512, rng)
+        images, ids, scenes = world_batch(512, rng, side=a.shape.pixels)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = tokenizer.encoder(images * 2 - 1)
         parts.append((latents.half(), ids, torch.tensor([noun_labels(s) for s in scenes])))
@@ -217,16 +226,17 @@ def load_latents(a: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def check_transformer(model: Tiny, tokenizer: Tokenizer, per_task: int) -> dict[str, float]:
+def check_transformer(model: Tiny, tokenizer: Tokenizer, shape: Shape, per_task: int) -> dict[str, float]:
     """Score of ordinary samples on fixed scenes, and the order of positions among pictures with the right objects."""
     rng = random.Random(4321)
     scenes = [world_sample(rng, task, "a") for task in sorted(TASK_WEIGHTS) for _ in range(per_task)]
-    net = tiny_model(model.transformer, tokenizer, model.text)
+    net = shape.model(model.transformer, tokenizer, model.text)
     images = []
     for i in range(0, len(scenes), 30):
         part = scenes[i : i + 30]
         generators = [torch.Generator().manual_seed(i + j) for j in range(len(part))]
-        trace = net.generate(net.encode(items_of(s.caption for s in part)), SAMPLING, FullAttention(), generators)
+        text = net.encode(items_of(s.caption for s in part))
+        trace = net.generate(text, shape.sampling, FullAttention(), generators)
         images.append(net.decode(trace.latent).permute(0, 3, 1, 2).float() / 255)
     return score_scenes(torch.cat(images), scenes)
 
@@ -241,25 +251,30 @@ def optimisers(model: Tiny, lr: float) -> tuple[torch.optim.Optimizer, torch.opt
 
 
 def losses(
-    model: Tiny, latents: Tensor, words: Tensor, nouns: Tensor, flip: float, attention: TrainingAttention, scales: int
+    model: Tiny,
+    latents: Tensor,
+    words: Tensor,
+    nouns: Tensor,
+    flip: float,
+    attention: TrainingAttention,
+    sides: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
-    """BCE per bit over the first `scales` scales, a bit of scale p weighted by p^-1.5, and the loss of the probe."""
-    bits, inputs = noisy_inputs(latents.float(), flip, scales)
+    """BCE per bit over the scales in `sides`, a bit of scale p weighted by p^-1.5, and the loss of the probe."""
+    bits, inputs = noisy_inputs(latents.float(), sides, flip)
     # the fused kernel's backward takes half of a step at this head size
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         logits, features = model(words, torch.rand(len(words)) < 0.1, inputs, attention)
     each = F.binary_cross_entropy_with_logits(logits.float(), bits, reduction="none").mean((0, 2))
-    weight = torch.cat([torch.full((p * p,), p**-1.5) for p in SIDES[:scales]])
+    weight = torch.cat([torch.full((p * p,), p**-1.5) for p in sides])
     return (each * weight).sum() / weight.sum(), model.probe_loss(features.float(), nouns)
 
 
 def train_transformer(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
     path, log = a.out / "transformer.pt", a.out / "transformer.csv"
-    latents, words, nouns = load_latents(a)
-    held, latents = [t[:256] for t in (latents, words)], latents[256:]
-    words, nouns = words[256:], nouns[256:]
-    model, tokenizer = Tiny(), load_tokenizer(a)
+    data = load_latents(a)
+    held, (latents, words, nouns) = [t[: a.held] for t in data[:2]], [t[a.held :] for t in data]
+    shape, model, tokenizer = a.shape, Tiny(a.shape), load_tokenizer(a)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(latents)} images", flush=True)
     adam, muon = optimisers(model, a.lr)
     average = {k: v.clone() for k, v in model.state_dict().items()}
@@ -272,7 +287,7 @@ def train_transformer(a: argparse.Namespace) -> None:
                 opt.load_state_dict(state[name])
         average, step, spent = state["average"], state["step"], state["spent"]
     torch.manual_seed(a.seed + 1 + step)
-    attention = {n: TrainingAttention(n, torch.bfloat16) for n in (SHORT, len(SIDES))}
+    attention = {n: TrainingAttention(shape, n, torch.bfloat16) for n in (shape.short, len(shape.sides))}
     plain = Block.before, Block.after
     fast = tuple(torch.compile(f, dynamic=False) for f in plain) if a.compile else plain
     Block.before, Block.after = fast
@@ -283,9 +298,10 @@ def train_transformer(a: argparse.Namespace) -> None:
         for opt, lr in ((adam, a.lr), (muon, 2 * a.lr)):
             opt.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * decay
         # coarse scales decide the layout: more steps for them
-        scales = SHORT if r < a.short or step % 2 else len(SIDES)
+        scales = shape.short if r < a.short or step % 2 else len(shape.sides)
         index = torch.randint(0, len(latents), (a.batch,))
-        loss, probe = losses(model, latents[index], words[index], nouns[index], a.flip, attention[scales], scales)
+        chosen = latents[index], words[index], nouns[index]
+        loss, probe = losses(model, *chosen, a.flip, attention[scales], shape.sides[:scales])
         (loss + 0.05 * probe).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in (adam, muon):
@@ -306,7 +322,7 @@ def train_transformer(a: argparse.Namespace) -> None:
             states = {"model": model.state_dict(), "adam": adam.state_dict(), "muon": muon.state_dict()}
             save(path, **states, average=average, step=step, spent=spent)
             Block.before, Block.after = plain  # its many shapes would be compiled one by one
-            row = validate(average, held, tokenizer, a.per_task)
+            row = validate(average, held, tokenizer, shape, a.per_task)
             Block.before, Block.after = fast
             head = {"step": step, "seconds": round(spent), "images": step * a.batch}
             mean = torch.tensor(recent).mean(0).tolist()
@@ -315,24 +331,27 @@ def train_transformer(a: argparse.Namespace) -> None:
     Block.before, Block.after = plain
 
 
-def validate(average: dict[str, Tensor], held: list[Tensor], tokenizer: Tokenizer, per_task: int) -> dict[str, float]:
+def validate(
+    average: dict[str, Tensor], held: list[Tensor], tokenizer: Tokenizer, shape: Shape, per_task: int
+) -> dict[str, float]:
     """Held-out loss per scale (BCE per bit, clean inputs) and the score of samples, with the averaged weights."""
-    model = Tiny().eval()
+    model, attention, parts = Tiny(shape).eval(), TrainingAttention(shape, len(shape.sides), torch.float32), []
     model.load_state_dict(average)
-    bits, inputs = noisy_inputs(held[0].float(), 0.0, len(SIDES))
-    with torch.no_grad():
-        keep = torch.zeros(len(bits), dtype=torch.bool)
-        logits, _ = model(held[1], keep, inputs, TrainingAttention(len(SIDES), torch.float32))
-        loss = F.binary_cross_entropy_with_logits(logits, bits, reduction="none").mean((0, 2))
-    each = {
-        f"s{p}": round(part.mean().item(), 4) for p, part in zip(SIDES, loss.split([p * p for p in SIDES]), strict=True)
-    }
-    return {"val": round(loss.mean().item(), 4)} | each | check_transformer(model, tokenizer, per_task)
+    for latents, words in zip(*(t.split(16) for t in held), strict=True):
+        bits, inputs = noisy_inputs(latents.float(), shape.sides, 0.0)
+        with torch.no_grad():
+            logits, _ = model(words, torch.zeros(len(bits), dtype=torch.bool), inputs, attention)
+        parts.append(F.binary_cross_entropy_with_logits(logits, bits, reduction="none").mean(2))
+    loss = torch.cat(parts).mean(0)
+    scales = zip(shape.sides, loss.split([p * p for p in shape.sides]), strict=True)
+    each = {f"s{p}": round(part.mean().item(), 4) for p, part in scales}
+    return {"val": round(loss.mean().item(), 4)} | each | check_transformer(model, tokenizer, shape, per_task)
 
 
 def export(a: argparse.Namespace) -> None:
     """Write the averaged weights and the tokenizer where the package looks for them."""
-    state, model = torch.load(a.out / "transformer.pt"), Tiny()
+    a.to = a.to or ASSETS / f"{a.shape.name}.safetensors"
+    state, model = torch.load(a.out / "transformer.pt"), Tiny(a.shape)
     model.load_state_dict(state["average"])
     parts = {"transformer": model.transformer, "tokenizer": load_tokenizer(a), "text": model.text}
     save_bundle(a.to, parts, WORDS, MAX_WORDS)
@@ -340,13 +359,20 @@ def export(a: argparse.Namespace) -> None:
 
 
 def restore(a: argparse.Namespace) -> None:
-    """Make checkpoints of the shipped model, so that training can go on from it with a fresh schedule."""
-    with safe_open(a.to, "pt") as f:
+    """Make checkpoints of an exported model, so that training can go on from it with a fresh schedule.
+
+    A scale takes the level embedding of the exported model's scale with the nearest side.
+    """
+    with safe_open(a.source or ASSETS / f"{a.source_model}.safetensors", "pt") as f:
         tensors = {name: f.get_tensor(name).float() for name in f.keys()}  # noqa: SIM118
-    model, tokenizer = Tiny(), Tokenizer(TOKENIZER)
+    model, tokenizer = Tiny(a.shape), Tokenizer(TOKENIZER)
     for module, part in ((tokenizer, "tokenizer."), (model.transformer, "transformer."), (model.text, "text.")):
         own = {name.removeprefix(part): x for name, x in tensors.items() if name.startswith(part)}
         module.load_state_dict(own, strict=False)  # all but the constant zero biases
+    known = MODELS[a.source_model].sides
+    nearest = [min(range(len(known)), key=lambda i: abs(known[i] - side)) for side in a.shape.sides]
+    levels = model.transformer.lvl_embed.weight.data
+    levels[: len(nearest)] = levels[nearest]
     save(a.out / "tokenizer.pt", model=tokenizer.state_dict(), opt=None, step=0, spent=0.0)
     state = model.state_dict()
     save(a.out / "transformer.pt", model=state, adam=None, muon=None, average=state, step=0, spent=0.0)
@@ -377,20 +403,24 @@ def main() -> None:
     p.add_argument("--flip", type=float, default=0.2)
     p.add_argument("--flat", type=float, default=0.4, help="share of the time before the cosine decay")
     p.add_argument("--short", type=float, default=0.25, help="share of the time with short steps only")
-    p.add_argument("--per-task", type=int, default=20)
+    p.add_argument("--held", type=int, default=256, help="scenes that the loss is validated on")
+    p.add_argument("--per-task", type=int, default=20, help="pictures a task that are drawn and scored with it")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     p = sub.add_parser("export")
     p.set_defaults(run=export)
-    p.add_argument("--to", type=Path, default=ASSET)
+    p.add_argument("--to", type=Path, help="default: heatkv_cli/assets/<model>.safetensors")
     p = sub.add_parser("restore")
     p.set_defaults(run=restore)
-    p.add_argument("--to", type=Path, default=ASSET, help="the shipped model")
+    p.add_argument("--source", type=Path, help="an exported model; default: the asset of --source-model")
+    p.add_argument("--source-model", choices=MODELS, default="tiny")
     for p in sub.choices.values():
-        p.add_argument("--out", type=Path, default=Path("runs/tiny"))
+        p.add_argument("--model", choices=MODELS, default="tiny")
+        p.add_argument("--out", type=Path, help="default: runs/<model>")
         p.add_argument("--threads", type=int, default=2)
         p.add_argument("--seed", type=int, default=0)
         p.add_argument("--every", type=float, default=120, help="seconds between checkpoints")
     a = parser.parse_args()
+    a.shape, a.out = MODELS[a.model], a.out or Path("runs") / a.model
     a.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(a.threads)
     a.run(a)

@@ -1,7 +1,8 @@
 """Model files on disk: where they may be, finding and verifying them. Nothing is ever downloaded here.
 
 One rule: the folder that was named (`--weights`, else HEATKV_WEIGHTS_DIR), directly or below the model's name; then the
-cache of huggingface_hub.
+cache of huggingface_hub. A file that is not on the hub is looked for in the package's assets instead: a checkout has
+more of them than a wheel.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def places(model: str, file: WeightFile, folder: Path | None) -> Iterator[Path]:
         yield from (folder / file.name, folder / model / file.name)
     if file.hub:
         yield hub_snapshot(file.repository, file.revision) / file.inside
+    else:
+        yield asset(file.name)
 
 
 def lacking(file: WeightFile, path: Path) -> list[str]:

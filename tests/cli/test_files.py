@@ -81,6 +81,28 @@ def test_option_environment_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "option" in found(f"weights={tmp_path / 'option'}")
 
 
+def test_a_file_that_no_hub_has_is_looked_for_in_the_assets_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = WeightFile("model", "own.safetensors", source="a checkout")
+    monkeypatch.setattr(weights, "asset", lambda name: tmp_path / "assets" / name)
+    with pytest.raises(SetupError, match=r"own\.safetensors is missing; looked at") as caught:
+        find_file("m", own, tmp_path)
+    assert str(tmp_path / "assets" / "own.safetensors") in caught.value.message
+    assert (
+        caught.value.hint
+        == "it comes from a checkout; put it into a folder named by --weights DIR or HEATKV_WEIGHTS_DIR"
+    )
+    (tmp_path / "assets").mkdir()
+    for name in (own.name, FLAT.name):
+        (tmp_path / "assets" / name).touch()
+    assert find_file("m", own, tmp_path) == tmp_path / "assets" / own.name
+    with pytest.raises(SetupError):
+        find_file("m", FLAT, tmp_path)  # is on the hub
+    (tmp_path / own.name).touch()
+    assert find_file("m", own, tmp_path) == tmp_path / own.name
+
+
 @pytest.mark.parametrize(
     "environment",
     [{}, {"HF_HOME": "h"}, {"HF_HOME": "h", "HF_HUB_CACHE": "c"}, {"XDG_CACHE_HOME": "x"}, {"HF_HUB_CACHE": "~/c"}],
@@ -206,9 +228,10 @@ def test_models_shows_every_file_with_its_licence(capsys: Capture) -> None:
     document = json.loads(capsys.readouterr().out)
     states = {(file["model"], file["role"]): file["state"] for file in document["files"]}
     assert states["tiny", "model"] == "present"
-    assert {state for (model, _), state in states.items() if model != "tiny"} == {"missing"}
+    assert states["tiny-160", "model"] == ("present" if weights.asset("tiny-160.safetensors").exists() else "missing")
+    assert {state for (model, _), state in states.items() if not model.startswith("tiny")} == {"missing"}
     assert {file["licence"] for file in document["files"]} == {"MIT", "Apache-2.0"}
-    assert all(file["urls"] and file["bytes"] for file in document["files"] if file["model"] != "tiny")
+    assert all(file["urls"] and file["bytes"] for file in document["files"] if file["model"][:4] != "tiny")
     assert run(["models"]) == 0
     assert "infinity_8b_512x512_weights" in capsys.readouterr().out
 

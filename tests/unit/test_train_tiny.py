@@ -21,10 +21,16 @@ from heatkv_cli.models.infinity.load import load_bundled
 from heatkv_cli.models.infinity.sampling import Sampling
 from heatkv_cli.models.infinity.tokenizer import Tokenizer, TokenizerParams, quantise, resize
 from shapes_world import batch as world_batch
-from tiny_net import SIDES, SIZES, TRANSFORMER, FullAttention, Tiny, TrainingAttention, noisy_inputs, tiny_model
+from tiny_net import MODELS, TINY, TINY_160, TRANSFORMER, FullAttention, Shape, Tiny, TrainingAttention, noisy_inputs
 
-CONF = yaml.safe_load((Path(__file__).parents[2] / "conf" / "model" / "tiny.yaml").read_text(encoding="utf-8"))
+CONF = Path(__file__).parents[2] / "conf" / "model"
+SIDES, SIZES = TINY.sides, TINY.sizes
 PLAIN = Sampling((1.0,) * len(SIDES), (1.0,) * len(SIDES))
+
+
+def conf(shape: Shape) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((CONF / f"{shape.name}.yaml").read_text(encoding="utf-8"))
+    return content
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -35,7 +41,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 def networks() -> tuple[Tiny, Tokenizer]:
     """Random networks in which every parameter matters."""
     torch.manual_seed(7)
-    model, tokenizer = Tiny(), Tokenizer(tiny_net.TOKENIZER)
+    model, tokenizer = Tiny(TINY), Tokenizer(tiny_net.TOKENIZER)
     for name, p in model.transformer.named_parameters():
         p.data.add_(torch.randn_like(p) * (0.5 if name.endswith(("ada_gss", "scale_mul_1H11")) else 0.05))
     return model.eval().requires_grad_(False), tokenizer.eval().requires_grad_(False)
@@ -44,20 +50,25 @@ def networks() -> tuple[Tiny, Tokenizer]:
 # --------------------------------------------------------------------------------------------------------- attention
 
 
-def masked(q: Tensor, k: Tensor, v: Tensor, scales: int) -> Tensor:
-    level = torch.cat([torch.full((p * p,), i) for i, p in enumerate(SIDES[:scales])])
+def masked(q: Tensor, k: Tensor, v: Tensor, sides: tuple[int, ...]) -> Tensor:
+    level = torch.cat([torch.full((p * p,), i) for i, p in enumerate(sides)])
     logits = q @ k.transpose(-1, -2)
     return logits.masked_fill(level[:, None] < level[None], -torch.inf).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("scales", [1, 3, tiny_net.MERGED_SCALES, tiny_net.SHORT, len(SIDES)])
+@pytest.mark.parametrize(
+    ("shape", "scales"),
+    [(TINY, n) for n in (1, 3, tiny_net.MERGED_SCALES, TINY.short, len(SIDES))] + [(TINY_160, TINY_160.short)],
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-def test_the_training_attention_and_its_gradients(scales: int, dtype: torch.dtype, tolerance: float) -> None:
-    count = sum(p * p for p in SIDES[:scales])
+def test_the_training_attention_and_its_gradients(
+    shape: Shape, scales: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    count = sum(p * p for p in shape.sides[:scales])
     leaves = [normal(2, 3, count, 8, seed=i, dtype=dtype).requires_grad_() for i in range(3)]
     weight = normal(2, 3, count, 8, seed=3, dtype=dtype)
-    ours = TrainingAttention(scales, dtype).attend(0, *leaves, 1.0)
-    wanted = masked(*leaves, scales)
+    ours = TrainingAttention(shape, scales, dtype).attend(0, *leaves, 1.0)
+    wanted = masked(*leaves, shape.sides[:scales])
     torch.testing.assert_close(ours, wanted, atol=tolerance, rtol=tolerance)
     gradients = torch.autograd.grad((ours * weight).sum(), leaves)
     for mine, theirs in zip(gradients, torch.autograd.grad((wanted * weight).sum(), leaves), strict=True):
@@ -67,20 +78,22 @@ def test_the_training_attention_and_its_gradients(scales: int, dtype: torch.dtyp
 # ------------------------------------------------------------------------------------------------------------ inputs
 
 
-def latents(count: int) -> Tensor:
-    return normal(count, tiny_net.TOKENIZER.bits, *SIZES[-1], seed=11)
+def latents(count: int, shape: Shape = TINY) -> Tensor:
+    return normal(count, tiny_net.TOKENIZER.bits, *shape.sizes[-1], seed=11)
 
 
-@pytest.mark.parametrize("scales", [2, tiny_net.SHORT, len(SIDES)])
-def test_inputs_without_noise_are_the_tokenizer_s(scales: int) -> None:
-    found = latents(3)
-    bits, inputs = noisy_inputs(found, 0.0, scales)
-    _, wanted = quantise(found, SIZES, tiny_net.CODES)
+@pytest.mark.parametrize(
+    ("shape", "scales"), [(TINY, 2), (TINY, TINY.short), (TINY, len(SIDES)), (TINY_160, len(TINY_160.sides))]
+)
+def test_inputs_without_noise_are_the_tokenizer_s(shape: Shape, scales: int) -> None:
+    found, sizes = latents(3, shape), shape.sizes
+    bits, inputs = noisy_inputs(found, shape.sides[:scales], 0.0)
+    _, wanted = quantise(found, sizes, tiny_net.CODES)
     tokens = [tiny_net.CODES.to_tokens(part.permute(0, 3, 1, 2).float()) for part in wanted]
     assert torch.equal(bits, torch.cat(tokens[:scales], 1))
     total, following = torch.zeros_like(found), []
-    for part, size in zip(wanted[: scales - 1], SIZES[1:], strict=False):
-        total = total + resize(tiny_net.CODES.embed(part), SIZES[-1])
+    for part, size in zip(wanted[: scales - 1], sizes[1:], strict=False):
+        total = total + resize(tiny_net.CODES.embed(part), sizes[-1])
         following.append(tiny_net.CODES.to_tokens(resize(total, size)))
     assert torch.equal(inputs, torch.cat(following, 1))
 
@@ -89,9 +102,9 @@ def test_noise_is_in_the_inputs_and_not_in_the_first_target() -> None:
     """The input of scale 1 is the code of scale 0, so its signs tell which bits were turned."""
     torch.manual_seed(0)
     found, shares = latents(400), []
-    clean, _ = noisy_inputs(found, 0.0, 3)
+    clean, _ = noisy_inputs(found, SIDES[:3], 0.0)
     for flip in (0.2, 0.6):
-        bits, inputs = noisy_inputs(found, flip, 3)
+        bits, inputs = noisy_inputs(found, SIDES[:3], flip)
         assert torch.equal(bits[:, 0], clean[:, 0])
         assert not torch.equal(bits, clean)  # later targets repair what was turned
         shares.append(((inputs[:, 0] > 0) != (bits[:, 0] > 0)).float().mean().item())
@@ -108,11 +121,11 @@ def test_the_whole_sequence_gives_the_logits_of_the_cache_path() -> None:
     assert len({len(scene.caption.split()) for scene in scenes}) > 1
     found = latents(4)
     _, forced = quantise(found, SIZES, tiny_net.CODES)
-    _, inputs = noisy_inputs(found, 0.0, len(SIDES))
-    attention = TrainingAttention(len(SIDES), torch.float32)
+    _, inputs = noisy_inputs(found, SIDES, 0.0)
+    attention = TrainingAttention(TINY, len(SIDES), torch.float32)
     rows = [model(ids, torch.full((4,), dropped), inputs, attention)[0] for dropped in (False, True)]
     assert (rows[0] - rows[1]).abs().max() > 0.1
-    net = tiny_model(model.transformer, tokenizer, model.text)
+    net = TINY.model(model.transformer, tokenizer, model.text)
     text = net.encode(items_of(scene.caption for scene in scenes))
     for cfg in (1.0, 2.5):
         sampling = Sampling((cfg,) * len(SIDES), PLAIN.tau)
@@ -126,29 +139,32 @@ def test_a_short_step_is_the_beginning_of_a_whole_one() -> None:
     _, ids, _ = world_batch(2, random.Random(6))
     kept = torch.zeros(2, dtype=torch.bool)
     outs = []
-    for scales in (tiny_net.SHORT, len(SIDES)):
-        _, inputs = noisy_inputs(latents(2), 0.0, scales)
-        outs.append(model(ids, kept, inputs, TrainingAttention(scales, torch.float32))[0])
+    for scales in (TINY.short, len(SIDES)):
+        _, inputs = noisy_inputs(latents(2), SIDES[:scales], 0.0)
+        outs.append(model(ids, kept, inputs, TrainingAttention(TINY, scales, torch.float32))[0])
     torch.testing.assert_close(outs[0], outs[1][:, : outs[0].shape[1]], atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- the model in conf/model
 
 
-def test_what_is_trained_is_what_the_yaml_loads() -> None:
-    params, sampling = CONF["params"], CONF["sampling"]
-    assert [tuple(size) for size in CONF["resolutions"][CONF["resolution"]]] == SIZES
-    assert (CONF["num_layers"], CONF["num_heads"]) == (TRANSFORMER.depth, TRANSFORMER.heads)
-    assert CONF["head_dim"] == TRANSFORMER.head_dim
+@pytest.mark.parametrize("trained", MODELS.values(), ids=list(MODELS))
+def test_what_is_trained_is_what_the_yaml_loads(trained: Shape) -> None:
+    content = conf(trained)
+    params, sampling = content["params"], content["sampling"]
+    assert [tuple(size) for size in content["resolutions"][content["resolution"]]] == trained.sizes
+    assert content["resolution"] == f"{trained.pixels}px"
+    assert (content["num_layers"], content["num_heads"]) == (TRANSFORMER.depth, TRANSFORMER.heads)
+    assert content["head_dim"] == TRANSFORMER.head_dim
     assert (params["width"], params["block_chunks"]) == (TRANSFORMER.width, TRANSFORMER.block_chunks)
     assert (params["text_channels"], params["text_layers"]) == (TRANSFORMER.text_channels, tiny_net.TEXT_LAYERS)
-    assert (tuple(params["rope_base"]), params["rope_mode"]) == (SIZES[-1], 2)
+    assert (tuple(params["rope_base"]), params["rope_mode"]) == (trained.sizes[-1], 2)
     shape = tiny_net.TOKENIZER
     for key, value in params["tokenizer"].items():
         assert getattr(shape, key) == (tuple(value) if isinstance(value, list) else value), key
-    assert tiny_net.SAMPLING.cfg == (sampling["cfg"],) * len(SIDES)
-    assert list(tiny_net.SAMPLING.tau) == sampling["tau"]
-    assert (tiny_net.SAMPLING.top_k, tiny_net.SAMPLING.top_p) == (sampling["top_k"], sampling["top_p"])
+    assert trained.sampling.cfg == (sampling["cfg"],) * len(trained.sides)
+    assert list(trained.sampling.tau) == sampling["tau"]
+    assert (trained.sampling.top_k, trained.sampling.top_p) == (sampling["top_k"], sampling["top_p"])
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -199,25 +215,31 @@ def test_training_goes_on_from_its_checkpoint_and_is_exported(tmp_path: Path) ->
     check_export(tmp_path, third["average"])
 
 
-def params() -> dict[str, Any]:
-    tokenizer = {**CONF["params"]["tokenizer"], "multipliers": tuple(CONF["params"]["tokenizer"]["multipliers"])}
-    return {**CONF["params"], "tokenizer": TokenizerParams(**tokenizer)}
+def params(shape: Shape) -> dict[str, Any]:
+    content = conf(shape)["params"]
+    tokenizer = {**content["tokenizer"], "multipliers": tuple(content["tokenizer"]["multipliers"])}
+    return {**content, "tokenizer": TokenizerParams(**tokenizer)}
 
 
 def check_export(out: Path, average: dict[str, Tensor]) -> None:
     """The bundle is the averaged weights in float16, and the package loads it."""
     train(out, "export", "--to", out / "bundle.safetensors")
     model, tokenizer = networks()
-    geometry = tiny_model(model.transformer, tokenizer, model.text).geometry
-    loaded = load_bundled(geometry, {"model": out / "bundle.safetensors"}, "cpu", **params())
+    geometry = TINY.model(model.transformer, tokenizer, model.text).geometry
+    loaded = load_bundled(geometry, {"model": out / "bundle.safetensors"}, "cpu", **params(TINY))
     for part in ("transformer", "text"):
         for name, value in getattr(loaded, part).state_dict().items():
             assert torch.equal(value, average[f"{part}.{name}"].half().float()), name
     text = loaded.encode(items_of(["two red circles"]))
-    trace = loaded.generate(text, tiny_net.SAMPLING, FullAttention(), [torch.Generator().manual_seed(0)])
+    trace = loaded.generate(text, TINY.sampling, FullAttention(), [torch.Generator().manual_seed(0)])
     assert loaded.decode(trace.latent).shape == (1, 80, 80, 3)
     again = out / "again"
-    train(again, "restore", "--to", out / "bundle.safetensors")
+    train(again, "restore", "--source", out / "bundle.safetensors")
     for name, value in checkpoint(again)["average"].items():
         if not name.startswith("probe"):  # is not shipped
             assert torch.equal(value, average[name].half().float()), name
+    larger = out / "larger"
+    train(larger, "restore", "--source", out / "bundle.safetensors", "--model", "tiny-160")
+    levels = "transformer.lvl_embed.weight"
+    nearest = [0, 1, 2, 3, 5, 6, 7, 7, 7, 7]  # tiny's scale of the same side, then its last
+    assert torch.equal(checkpoint(larger)["average"][levels][:10], average[levels][nearest].half().float())
