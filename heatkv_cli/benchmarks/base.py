@@ -189,10 +189,15 @@ class Benchmark:
         return self._walked(self._rewritten(self._chosen(prompts)))
 
     def _walked(self, prompts: PromptSet) -> PromptSet:
-        """The prompts of all rounds."""
+        """The prompts of all rounds; each begins one prompt later, so that no every n-th place holds one prompt alone.
+
+        Groups of a jackknife and shards are such places.
+        """
         if self.rounds == 1:
             return prompts
-        items = (replace(item, id=f"{item.id}-{i:04}") for i in range(self.rounds) for item in prompts.items)
+        each = prompts.items * 2
+        turns = ((i, each[i % len(prompts) :][: len(prompts)]) for i in range(self.rounds))
+        items = (replace(item, id=f"{item.id}-{i:04}") for i, turn in turns for item in turn)
         return replace(prompts, items=tuple(items))
 
     def _chosen(self, prompts: PromptSet) -> PromptSet:
