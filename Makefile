@@ -29,7 +29,7 @@ check: $(VENV)/.dev  ## format, lint, types, import rules, stale tables, file si
 	$(BIN)/python scripts/make_docs.py --check
 	@find heatkv_cli tests scripts -name '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > 500 {print "over 500 lines: " $$2; bad = 1} END {exit bad}'
 
-docs: $(VENV)/.dev  ## write the README's table of methods anew, from conf/method and docstrings
+docs: $(VENV)/.dev  ## write what README.md and docs/methods.md say of methods, from conf/method and docstrings
 	$(BIN)/python scripts/make_docs.py
 
 format: $(VENV)/.dev  ## put the code in order

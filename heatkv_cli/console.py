@@ -1,4 +1,4 @@
-"""What the user sees: results on stdout, everything else on stderr, and all of it in run.log.
+"""Everything that the user sees: results on stdout, the rest on stderr, and all of it in run.log.
 
 The only file that knows rich. Colour and bars appear on a terminal alone (and never with NO_COLOR); elsewhere there
 are plain lines. With `--json` stdout carries exactly one JSON document.
@@ -39,11 +39,11 @@ _LOGGER = logging.getLogger("heatkv")
 
 @dataclass
 class Outcome:
-    """What a command is known to be, while it runs, and how it ended.
+    """Facts about a running command, and how it ended.
 
     Args:
         again: the command line that goes on with this work.
-        folder: where a trace may be written; None until that is known.
+        folder: folder where a trace may be written; None until that is known.
         code: exit code.
     """
 
@@ -149,6 +149,13 @@ class Console:
                 out.print(printable(line), markup=False, highlight=False, soft_wrap=True)
             sys.stdout.flush()
 
+    def text(self, text: str) -> None:
+        """Print a text that is the outcome of a command to stdout (nothing with `--json`)."""
+        if not self.as_json:
+            with _readers():
+                sys.stdout.write(printable(text))
+                sys.stdout.flush()
+
     def result(self, document: Mapping[str, Any]) -> None:
         """Print the JSON document of a command, when it was asked for; the first one is the only one."""
         if self.as_json and not self._answered:
@@ -190,7 +197,14 @@ class Console:
 
     def _fail(self, outcome: Outcome, code: int, errors: list[dict[str, str]]) -> None:
         outcome.code = code
-        self.result({"status": "error", "exit_code": code, "errors": errors})
+        self.failed(code, errors)
+
+    def failed(self, code: int, errors: list[dict[str, str]]) -> None:
+        """Print the JSON document of a command that failed; a stdout that cannot be written to is told, no more."""
+        try:
+            self.result({"status": "error", "exit_code": code, "errors": errors})
+        except SetupError as error:
+            self.error(error)
 
     def _bug(self, error: Exception, outcome: Outcome) -> None:
         """Three lines on the screen, the trace in run.log."""
@@ -212,9 +226,9 @@ class Console:
         """Show how far a stage is: a bar on a terminal, elsewhere a line every 30 s.
 
         Args:
-            label: what is done, with the method and budget.
-            total: how many units.
-            unit: of what.
+            label: the work in words, with method and budget.
+            total: number of units.
+            unit: name of the unit, such as `img`.
         """
         if self.quiet or not self._err.is_terminal:
             yield Progress(self, label, total, unit)
@@ -234,7 +248,7 @@ class Console:
 
 
 class Progress:
-    """How far one stage is; `advance` after each batch."""
+    """Progress of one stage; `advance` after each batch."""
 
     def __init__(self, console: Console, label: str, total: int, unit: str, draw: Any = None) -> None:
         self._console, self._label, self._total, self._unit, self._draw = console, label, total, unit, draw
@@ -277,7 +291,7 @@ class _File(logging.StreamHandler[TextIO]):
         """Say nothing."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record, without what would drive a terminal."""
+        """Return one line of the log, without characters that drive a terminal."""
         return printable(super().format(record))
 
     def close(self) -> None:
@@ -288,7 +302,7 @@ class _File(logging.StreamHandler[TextIO]):
 
 
 def _known(error: Exception) -> HeatKVError | None:
-    """What the user can understand of an error; None for a bug of ours."""
+    """Return the part of an error that the user can understand; None for a bug of ours."""
     if isinstance(error, HeatKVError):
         return error
     if isinstance(error, MemoryError):
@@ -354,8 +368,8 @@ def _is_number(value: Any) -> bool:
 
 
 def show(value: Any) -> str:
-    """Return a value for a table: four significant digits, a dash for None."""
-    if value is None:
+    """Return a value for a table: four significant digits, a dash where there is no number."""
+    if value is None or value != value:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"

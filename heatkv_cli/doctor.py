@@ -33,6 +33,7 @@ NEEDED = {
     "numpy": "numpy",
     "scipy": "scipy",
     "pandas": "pandas",
+    "huggingface_hub": "huggingface_hub",
     "pillow": "PIL",
 }
 """Distributions every installation has, and the module each is imported as."""

@@ -118,7 +118,7 @@ EXIT_CODES: dict[int, str] = {
     PartialResultError.exit_code: "finished, but some budgets cannot be met, or runs, images or metrics failed",
     INTERRUPTED: "interrupted; the same command goes on where it stopped",
 }
-"""What each exit code means; `heatkv --help` and the README print this table."""
+"""Meaning of each exit code; `heatkv --help` and the README print this table."""
 
 
 def did_you_mean(word: str, choices: Sequence[str]) -> str:

@@ -30,26 +30,26 @@ if [[ $parts == *controls* ]]; then
     cp "$out/demo/contact-sheet.png" $to/demo.png
     cp "$out/controls/results.csv" $to/controls.csv
     cp "$out/full/results.csv" $to/full-660.csv
-    python scripts/compare.py --out "$out/controls" --to $to/controls-compared.csv
+    heatkv report compare --out "$out/controls" --metrics kl,psnr_layout,psnr --to $to/controls-compared.csv
 fi
 
 if [[ $parts == *methods* ]]; then
     evaluate methods-tiny "$out/methods"
     cp "$out/methods/results.csv" $to/methods.csv
-    python scripts/compare.py --out "$out/methods" --metrics kl,psnr,shapes --to $to/methods-compared.csv
-    python scripts/make_tables.py $to/methods.csv --compared $to/methods-compared.csv --to $to/methods.md
+    heatkv report compare --out "$out/methods" --metrics kl,psnr,shapes --to $to/methods-compared.csv
+    heatkv report table $to/methods.csv --compared $to/methods-compared.csv --to $to/methods.md
 fi
 
 if [[ $parts == *hack* ]]; then
     evaluate hack-axis-tiny "$out/hack-axis"
     cp "$out/hack-axis/results.csv" $to/hack-axis.csv
-    python scripts/compare.py --out "$out/hack-axis" --metrics kl,psnr_layout,psnr,shapes --to $to/hack-axis-compared.csv
-    python scripts/make_tables.py $to/hack-axis.csv --compared $to/hack-axis-compared.csv --to $to/hack-axis.md
+    heatkv report compare --out "$out/hack-axis" --metrics kl,psnr_layout,psnr,shapes --to $to/hack-axis-compared.csv
+    heatkv report table $to/hack-axis.csv --compared $to/hack-axis-compared.csv --to $to/hack-axis.md
     evaluate hack-ablations-tiny "$out/hack-ablations"
     cp "$out/hack-ablations/results.csv" $to/hack-ablations.csv
-    python scripts/compare.py --out "$out/hack-ablations" --base hack --metrics kl,psnr_layout,psnr,shapes \
+    heatkv report compare --out "$out/hack-ablations" --base hack --metrics kl,psnr_layout,psnr,shapes \
         --to $to/hack-ablations-compared.csv
-    python scripts/hack_tables.py $to/hack-ablations.csv $to/hack-ablations-compared.csv --to $to/hack-ablations.md
+    heatkv report hack $to/hack-ablations.csv $to/hack-ablations-compared.csv --to $to/hack-ablations.md
 fi
 
 if [[ $parts == *metrics* ]]; then
@@ -65,5 +65,5 @@ if [[ $parts == *overhead* ]]; then
 fi
 
 if [[ -f $out/methods/results.csv && -f $out/hack-axis/results.csv ]]; then
-    python scripts/published_order.py --out "$out/methods" --out "$out/hack-axis" --to $to/published-order
+    heatkv report published --out "$out/methods" --out "$out/hack-axis" --to $to/published-order
 fi

@@ -143,7 +143,12 @@ class Benchmark:
 
     @property
     def path(self) -> Path:
-        """The file that ``file`` means."""
+        """The file that ``file`` means.
+
+        Raises:
+            SetupError: it is not the name of a file.
+        """
+        check_path(Path(self.file))
         bundled = ASSETS / self.file
         return bundled if is_bare(self.file) and bundled.is_file() else below_data(self.file)
 

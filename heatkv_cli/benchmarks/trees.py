@@ -18,7 +18,7 @@ from PIL import Image
 from heatkv_cli.benchmarks.base import ORIGINAL, PromptItem
 from heatkv_cli.benchmarks.formats import STYLES
 from heatkv_cli.errors import ArtifactError, ConfigError
-from heatkv_cli.results import sha256_file, write_file
+from heatkv_cli.results import load_json, sha256_file, write_file
 
 _GENEVAL_KEYS = ("tag", "include", "exclude")
 
@@ -91,9 +91,9 @@ def read_geneval(folder: Path) -> list[Picture]:
     found = []
     for below in sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit()):
         try:
-            meta = json.loads((below / "metadata.jsonl").read_text(encoding="utf-8"))
+            meta = load_json((below / "metadata.jsonl").read_text(encoding="utf-8"))
             item = PromptItem(below.name, meta.pop("prompt"), meta)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{below}: no usable metadata.jsonl: {error}", "write the folder again") from error
         files = [file for file in (below / "samples").glob("*") if re.fullmatch(r"\d+\.(png|jpg)", file.name)]
         found += [Picture(item, int(file.stem), file) for file in sorted(files, key=lambda file: int(file.stem))]

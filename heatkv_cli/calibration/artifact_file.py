@@ -1,4 +1,4 @@
-"""How an artifact lies on disk: a safetensors file whose metadata holds one JSON header under the key "heatkv".
+"""Artifacts on disk: safetensors files whose metadata holds one JSON header under the key "heatkv".
 
 It knows files, versions and damage, not what the tensors mean. A file is written beside its
 place and moved there, so a reader never meets half a file. No pickle.
@@ -25,7 +25,7 @@ from heatkv_cli.errors import ArtifactError, HeatKVError
 from heatkv_cli.results import load_json
 
 FORMAT_VERSION = 2
-"""Of the header and the tensor names; raised when an older heatkv could misread the file."""
+"""Version of the header and the tensor names; it rises when an older heatkv could misread the file."""
 
 _KEY = "heatkv"
 _DIGEST = "content_sha256"
@@ -56,7 +56,7 @@ def geometry_header(geometry: Geometry) -> dict[str, Any]:
 
 
 def geometry_from(header: Mapping[str, Any]) -> Geometry:
-    """Return the geometry of a header.
+    """Return the geometry that a header holds.
 
     Raises:
         KeyError, TypeError, ConfigError: the header is damaged.

@@ -33,7 +33,7 @@ from heatkv_cli.core.scales import Geometry
 from heatkv_cli.errors import ArtifactError, HeatKVError
 
 SLACK = 1e-3
-"""How far rounding may carry a mean of attention past its bounds."""
+"""Distance by which rounding may carry a mean of attention past its bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,8 @@ class Calibration:
     of sources not before their target may be NaN; infinities are refused.
 
     Args:
-        geometry: of the model and resolution that were measured.
-        prompts_sha256: of the prompts, in order; seeds: one per prompt.
+        geometry: shape of the cache that was measured.
+        prompts_sha256: digest of the prompts in order; seeds: one per prompt.
         scas: float64 (P, L, H, K, K), [.., source, target]: attention mass on the source scale, summed over its
             tokens, mean over the queries of the target scale; NaN where the source is not before the target.
         variance: (P, L, H), variance of the final scale's attention columns (HACK).
@@ -53,8 +53,8 @@ class Calibration:
         entropy: (P, L, H, K), mean entropy of attention rows in nats (MEDA).
         history_mass: (P, L, H, K), attention mass on everything before the current scale.
         sampling: cfg, tau, top_k, top_p of the runs.
-        versions: of the libraries that measured it.
-        weights_sha256: of the model's weights.
+        versions: versions of the libraries that measured it.
+        weights_sha256: digest of the model's weights.
         stability: rank statistics of the orders that follow from it, for the record.
 
     Raises:

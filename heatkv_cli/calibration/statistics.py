@@ -1,8 +1,8 @@
-"""Attention statistics of a full-cache run, in one pass over the visits: what a `Calibration` is made of.
+"""Attention statistics of a full-cache run, in one pass over the visits: the content of a `Calibration`.
 
-Exact over all queries, yet no attention matrix is ever whole: probabilities are met in chunks of queries.
-Sources: S-CAS arXiv 2605.14877; column variance arXiv 2504.09261 (3.1); ASI arXiv 2505.19602
-(2.1); row entropy as MEDA uses it (section 4).
+They are exact over all queries. No attention matrix is ever whole: probabilities come in chunks of queries.
+Sources: S-CAS arXiv 2605.14877; column variance arXiv 2504.09261; ASI arXiv 2505.19602; row entropy arXiv
+2502.17599. Formulas: docs/methods.md.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class AttentionStatistics:
     """Observer: statistics of the conditional rows, one row a prompt.
 
     Args:
-        geometry: of the model.
+        geometry: shape of the model's cache.
         prompts: conditional rows of the batch (R).
-        asi_top: K', how many of the strongest history keys enter the attention selectivity index.
+        asi_top: K', number of the strongest history keys that enter the attention selectivity index.
 
     Attributes:
         scas: float64 (R, L, H, K, K), [.., source, target]; NaN where the source is not before the target.
@@ -80,13 +80,13 @@ class AttentionStatistics:
 
 
 def concatenate(parts: list[AttentionStatistics]) -> dict[str, Tensor]:
-    """Statistics of several batches, prompts one after the other, by the names of `Calibration`'s fields."""
+    """Return the statistics of several batches, prompts one after the other, by the names of `Calibration`'s fields."""
     names = ("scas", "variance", "asi", "entropy", "history_mass")
     return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
 
 
 def elbow(variance: Tensor, low: float = 0.2, high: float = 0.8) -> float:
-    """Share of heads up to the knee of their sorted variances: the point farthest below the chord, clipped.
+    """Return the share of heads up to the knee of their sorted variances: the point farthest below the chord, clipped.
 
     Args:
         variance: any shape, one number a head.

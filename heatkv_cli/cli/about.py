@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from heatkv_cli.cli.app import app
+from heatkv_cli.cli.app import command
 from heatkv_cli.cli.options import Debug, Json, Model, Out, Overrides, Weights
 from heatkv_cli.errors import ConfigError, SetupError, did_you_mean
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from heatkv_cli.console import Console
 
 
-@app.command("ls")
+@command("ls")
 def list_group(
     what: Annotated[
         Optional[str],
@@ -66,7 +66,7 @@ def _runs(console: Console, out: str | None, stale: bool, remove: bool) -> None:
     console.result({"status": "done", **list_runs(folder, console, stale=stale, remove=remove)})
 
 
-@app.command()
+@command()
 def doctor(
     overrides: Overrides = None,
     model: Model = None,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from heatkv_cli import __version__
 from heatkv_cli.errors import EXIT_CODES, ConfigError
@@ -36,6 +38,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+
+class Command(TyperCommand):
+    """A command that refuses an option which is given twice, as it refuses a key: nobody can tell which is meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words; a usage error names an option with several values."""
+        if not ctx.resilient_parsing:
+            order = self.make_parser(ctx).parse_args(args=list(args))[2]
+            for option in order:
+                if order.count(option) > 1 and not getattr(option, "is_flag", True):
+                    ctx.fail(f"{option.opts[0]} is given twice: keep one of them")
+        return super().parse_args(ctx, args)
+
+
+command = partial(app.command, cls=Command)
+"""Registers a command; every module of commands uses it."""
 
 
 @app.callback(invoke_without_command=True)
@@ -108,5 +127,5 @@ def _usage(error: Any, argv: Sequence[str]) -> int:
     console = Console(as_json="--json" in argv)
     console.error(HeatKVError(error.format_message(), fix))
     errors = [{"error": error.format_message(), "fix": fix}]
-    console.result({"status": "error", "exit_code": code, "errors": errors})
+    console.failed(code, errors)
     return code

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from heatkv_cli.cli.app import app
+from heatkv_cli.cli.app import command
 from heatkv_cli.cli.options import Debug, DryRun, Json, Weights, complete
 from heatkv_cli.errors import ConfigError, SetupError, did_you_mean
 
@@ -21,7 +21,7 @@ def _downloads(incomplete: str) -> list[str]:
     return [word for word in words if word.startswith(incomplete)]
 
 
-@app.command()
+@command()
 def models(
     model: Name = None,
     weights: Weights = None,
@@ -57,7 +57,7 @@ def models(
     raise typer.Exit(outcome.code)
 
 
-@app.command()
+@command()
 def download(
     what: Annotated[str, typer.Argument(metavar="MODEL|benchmark=NAME", autocompletion=_downloads, show_default=False)],
     weights: Weights = None,

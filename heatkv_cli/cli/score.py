@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from heatkv_cli import interrupts
-from heatkv_cli.cli.app import app
+from heatkv_cli.cli.app import command
 from heatkv_cli.cli.options import Debug, Json, Out, Overrides, Quiet, Verbose, Weights
 from heatkv_cli.errors import PartialResultError
 
 
-@app.command()
+@command()
 def score(
     overrides: Overrides = None,
     images: Annotated[
@@ -48,7 +49,9 @@ def score(
     from heatkv_cli.console import Console
 
     console = Console(as_json=as_json, quiet=quiet, verbose=verbose, debug=debug)
-    with console.guard("heatkv score") as outcome:
+    paths = {"--images": images, "--reference": reference, "--prompts": prompts}
+    words = [f"{key}={path}" for key, path in paths.items() if path is not None]
+    with console.guard(shlex.join(["heatkv", "score", *words, *(overrides or [])])) as outcome:
         from heatkv_cli.config import compose
         from heatkv_cli.pipeline.score import Sources, command_line, run
         from heatkv_cli.results import ensure_writable

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from heatkv_cli import interrupts
-from heatkv_cli.cli.app import app
+from heatkv_cli.cli.app import command as register
 from heatkv_cli.cli.options import FLAGS, SETTINGS, Overrides
 from heatkv_cli.errors import PartialResultError
 
@@ -44,7 +44,7 @@ def stage(command: str, *settings: str) -> Callable[[Callable[[], None]], Callab
             ]
         )
         run.__annotations__, run.__doc__ = hints, documented.__doc__
-        app.command(command)(run)
+        register(command)(run)
         return documented
 
     return add
@@ -168,10 +168,14 @@ _FOLLOWS = {"calibrate": "build-schedule", "build-schedule": "generate", "genera
 
 
 def _next_command(plan: Plan) -> str:
-    """The stage that takes up what was made, for the same choices; an experiment as a whole is evaluated."""
+    """Return the stage that takes up what was made, for the same choices; an experiment as a whole is evaluated."""
     if plan.command in _FOLLOWS:
-        stage = "eval" if plan.experiment else _FOLLOWS[plan.command]
-        following = plan.command_line.replace(f"heatkv {plan.command}", f"heatkv {stage}", 1)
-        chosen = plan.experiment or any(given.startswith(("budget=", "rho=")) for given in plan.overrides)
-        return following if chosen or plan.command != "calibrate" else f"{following} budget=0.1"
+        online = any(run.method.object.plan_type is None for run in plan.runs)
+        stage = "eval" if plan.experiment else "generate" if online else _FOLLOWS[plan.command]
+        given = list(plan.overrides)
+        if plan.command == "calibrate":  # elsewhere, benchmark is what is drawn
+            given = [f"calibration_prompts={t.partition('=')[2]}" if t.startswith("benchmark=") else t for t in given]
+            if not plan.experiment and not any(t.startswith(("budget=", "rho=")) for t in given):
+                given += [] if all(run.method.budgetless for run in plan.runs) else ["budget=0.1"]
+        return shlex.join(["heatkv", stage, *given])
     return "heatkv ls experiments" if plan.experiment else "heatkv eval experiment=demo"

@@ -81,7 +81,7 @@ def typed_run(plain: dict[str, Any], errors: list[ConfigError]) -> RunConfig | N
 
 
 def _leaves() -> dict[str, tuple[type, type]]:
-    """The leaves of a run, each with its config dataclass and what it must build."""
+    """Return the leaves of a run, each with its config dataclass and what it must build."""
     from heatkv_cli.benchmarks.base import Benchmark
     from heatkv_cli.methods.base import Method
 
@@ -136,7 +136,10 @@ def resolved(runtime: RuntimeConfig) -> RuntimeConfig:
 def _check_model_params(model: ModelConfig, errors: list[ConfigError]) -> None:
     """Check the arguments of the model's factory by their types and sizes."""
     own = {field.name for field in dataclasses.fields(model)} | {"geometry", "files", "device"}
+    before = len(errors)
     check_arguments(load_target(model.target), model.params, "model.params", own, errors)
+    if len(errors) > before:  # a wrong type is told once, and not as a size too
+        return
     for key, value in _numbers(model.params, "model.params"):
         if not math.isfinite(value) or abs(value) > MOST["params"]:
             errors.append(ConfigError(f"{key} is {show(value)}", f"a number up to {MOST['params']:,}"))
@@ -177,8 +180,13 @@ def _leaf(cls: type[Any], content: Mapping[str, Any]) -> dict[str, Any]:
     """Sort the keys of a leaf's YAML: those the dataclass knows, and all others as `params` of its target."""
     fields = {field.name for field in dataclasses.fields(cls)} - {"params", "object"}
     content = _renamed(content)
-    known = {key: str(value) if key == "version" else value for key, value in content.items() if key in fields}
+    known = {key: _version(value) if key == "version" else value for key, value in content.items() if key in fields}
     return {**known, "params": {key: value for key, value in content.items() if key not in fields}}
+
+
+def _version(value: Any) -> Any:
+    """A version is a text, and may be typed as a number."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def _limit(value: Any, errors: list[ConfigError]) -> int | None:
@@ -199,7 +207,7 @@ def _shard(value: Any, errors: list[ConfigError]) -> tuple[int, int]:
 
 
 def _memory(value: Any, errors: list[ConfigError]) -> int | None:
-    """Bytes from a number and a unit: 24GiB, 80GB, 16e9."""
+    """Return the bytes of a number and a unit: 24GiB, 80GB, 16e9."""
     if value is None:
         return None
     found = re.fullmatch(r"([\d.]{1,30}(?:e\d{1,2})?)\s*(?:([KMGT])(i?))?B?", str(value), re.IGNORECASE)
@@ -296,7 +304,7 @@ def _sampling(model: ModelConfig, errors: list[ConfigError]) -> Any:
 
 
 def untrained(model: ModelConfig) -> ConfigError | None:
-    """The error of a model that shall make images at a resolution it was not trained for, unless that is forced."""
+    """Return an error for images at a resolution that the model was not trained for, unless that is forced."""
     if not model.untrained or model.force_resolution:
         return None
     known = ", ".join(model.trained_at)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heatkv_cli.config.check import typed_run, untrained
-from heatkv_cli.config.groups import GROUPS, check_choice, choices, conf_dir, read_yaml
+from heatkv_cli.config.groups import GROUPS, check_choice, choices, conf_dir, load_yaml, read_yaml
 from heatkv_cli.config.plugins import content_of, is_outside, load_plugin
 from heatkv_cli.config.settings import Experiment, Plan, RunConfig, config_hash
 from heatkv_cli.config.sweep import PATH_KEYS, SHORT, Axis, load_experiment, merge, parse_overrides, product, quote
 from heatkv_cli.config.typed import join, show
-from heatkv_cli.errors import ConfigError, did_you_mean, raise_all
+from heatkv_cli.errors import ConfigError, SetupError, did_you_mean, raise_all
+from heatkv_cli.results import check_path
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -56,7 +57,7 @@ _MOVED = {"resamples": "bootstrap.resamples", "confidence": "bootstrap.confidenc
 """Keys that metrics had before the bootstrap became the run's."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {"bench": {"runtime.batch_size": 1}}
-"""What a command starts from in place of the YAML files' values: latency is that of one image."""
+"""Values from which a command starts in place of the YAML files': a latency is that of one image."""
 
 DRAWING = ("calibrate", "generate", "eval")
 """Commands that make images."""
@@ -121,6 +122,14 @@ def compose(
     runs = _distinct(points, command, errors)
     if command in DRAWING:
         errors += [refused for run in runs if (refused := untrained(run.model))]
+    if "weights" in named and command != "download":  # which makes the folder
+        errors += [
+            ConfigError(
+                f"weights: there is no folder {show(str(folder))}", "--weights DIR holds files of models, metrics"
+            )
+            for run in runs
+            if (folder := run.weights_folder) is not None and not folder.is_dir()
+        ]
     raise_all(errors)
     if not runs:
         raise ConfigError("there is nothing to run", "an axis of the sweep is empty")
@@ -136,8 +145,11 @@ def compose(
 def _load_plugins(typed: Sequence[Axis], errors: list[ConfigError]) -> None:
     for path in (value for axis in typed if axis.key == "plugin" for ((_, value),) in axis.points):
         try:
-            if path is not None:
+            if path is not None and str(path):
+                check_path(Path(str(path)))
                 load_plugin(Path(str(path)))
+        except SetupError:
+            pass  # no name of a file, which is told with the types, as an empty one is
         except ConfigError as error:
             errors.append(error)
 
@@ -170,7 +182,7 @@ def _distinct(
 
 
 def _work(run: RunConfig, command: str) -> dict[str, Any]:
-    """What tells two pieces of a command's work apart."""
+    """Return everything that tells two pieces of a command's work apart."""
     files = {key: str(getattr(run, key)) for key in ("calibration", "schedule", "orders", "weights")}
     if command not in SWEEPING:
         return {}
@@ -200,7 +212,8 @@ def _compose_run(assignments: Mapping[str, Any], errors: list[ConfigError]) -> R
         return None
     config = copy.deepcopy(_composed(chosen))
     config |= _outside(assignments, errors)
-    _apply_preset(config["model"], assignments.get("model.preset"), errors)
+    if not _apply_preset(config["model"], assignments.get("model.preset"), errors):
+        assignments = {key: value for key, value in assignments.items() if key != "model.preset"}
     for key, value in assignments.items():
         if key not in CHOICES and key != "metric" and key.partition(".")[0] not in unknown:
             _assign(config, key, value, errors)
@@ -278,10 +291,22 @@ def _check(errors: list[ConfigError], group: str, name: str, key: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _default_model() -> str:
-    import yaml
+    return _defaults()["model"]
 
-    content = yaml.safe_load((conf_dir() / "config.yaml").read_text(encoding="utf-8"))
-    return str(next(entry["model"] for entry in content["defaults"] if isinstance(entry, dict) and "model" in entry))
+
+def _defaults() -> dict[str, str]:
+    """The file of each group that `config.yaml` chooses."""
+    path = conf_dir() / "config.yaml"
+    listed = load_yaml(path).get("defaults")
+    found = {
+        str(group): str(name)
+        for entry in (listed if isinstance(listed, list) else ())
+        if isinstance(entry, dict)
+        for group, name in entry.items()
+    }
+    if "model" not in found:
+        raise ConfigError(f"{path} chooses no model", "correct the YAML file")
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -293,25 +318,42 @@ def _composed(chosen: tuple[str, ...]) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    _read_files(chosen)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir()), job_name="heatkv"):
             return _plain(hydra_compose(config_name="config", overrides=list(chosen)), resolve=False)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot compose {conf_dir()}: {error}", "correct the YAML files") from error
 
 
-def _apply_preset(model: dict[str, Any], typed: Any, errors: list[ConfigError]) -> None:
-    """Write the values of the model's preset, the typed one or its own, where single keys can still replace them."""
+def _read_files(chosen: tuple[str, ...]) -> None:
+    """Read every file that is to be composed: what is wrong with one is told of that file, and nothing hangs."""
+    files = {}
+    for key, name in (*_defaults().items(), *(text.split("=", 1) for text in chosen)):
+        files[key.lstrip("+")] = name
+    for key, name in files.items():
+        group = key.partition("@")[0].lstrip("/").removeprefix("override ")
+        if group in GROUPS:
+            read_yaml(group, name)
+
+
+def _apply_preset(model: dict[str, Any], typed: Any, errors: list[ConfigError]) -> bool:
+    """Write the values of the model's preset, the typed one or its own, where single keys can still replace them.
+
+    Returns:
+        Whether there is such a preset; an error is appended where there is none.
+    """
     presets = model.get("presets")
     if not presets:
-        return
+        return True
     name = model["preset"] if typed is None else str(typed)
     if name not in presets:
         errors.append(ConfigError(f"model={model['name']} has no preset '{name}'", did_you_mean(name, list(presets))))
-        return
+        return False
     for section, values in presets[name].items():
         model[section] |= values
+    return True
 
 
 def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigError]) -> None:
@@ -346,7 +388,8 @@ def _assign(config: dict[str, Any], key: str, value: Any, errors: list[ConfigErr
             node = node[part]
     if isinstance(node[last], dict) and not isinstance(value, dict):
         below = [f"{key}.{name}" for name in node[last] if name not in _FIXED]
-        errors.append(ConfigError(f"'{key}' is a group of keys, not a value", f"set one of: {', '.join(below)}"))
+        hint = f"set one of: {', '.join(below)}" if below else f"{last} has no parameters: leave {key} away"
+        errors.append(ConfigError(f"'{key}' is a group of keys, not a value", hint))
     elif isinstance(node[last], dict) or (isinstance(node[last], str) and last == "resolutions"):
         errors.append(ConfigError(f"'{key}' cannot be set as a whole", f"set single keys below {key}"))
     else:

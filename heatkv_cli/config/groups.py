@@ -1,4 +1,4 @@
-"""Where the YAML files are and what they say about themselves: for `ls`, completion and did-you-mean.
+"""The YAML files and what they say about themselves, for `ls`, completion and did-you-mean.
 
 Only listing and plain reading: no composition, and no import that makes `heatkv --help` or a completion slow.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from heatkv_cli.errors import ConfigError, SetupError, did_you_mean
+from heatkv_cli.results import read_regular
 
 GROUPS = ("model", "method", "benchmark", "metric", "runtime", "experiment")
 """The folders of conf/."""
@@ -50,18 +51,35 @@ def read_yaml(group: str, name: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, or it is not a mapping.
     """
-    import yaml  # comes with omegaconf
-
     check_choice(group, name)
-    path = conf_dir() / group / f"{name}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}", "correct the YAML file") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a mapping", "correct the YAML file")
+    content = load_yaml(conf_dir() / group / f"{name}.yaml")
     bases = [read_yaml(group, base) for base in content.pop("defaults", ()) if base != "_self_"]
     return {key: value for part in (*bases, content) for key, value in part.items()}
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML file: plain data in a mapping, each value written once.
+
+    Raises:
+        ConfigError: it is no regular file, no YAML in UTF-8, no mapping, or repeats values by aliases, of which some
+            hundred bytes can stand for more than any memory holds.
+    """
+    import yaml  # comes with omegaconf
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it has an alias; write the value out")
+            return super().compose_node(parent, index)
+
+    try:
+        content = yaml.load(read_regular(path).decode(), Loader)
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ConfigError(f"{path}: {reason}", "correct the YAML file") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a mapping", "correct the YAML file")
+    return content
 
 
 def catalogue(group: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the files of conf/ hold: one frozen dataclass per config group, and the object that each leaf names.
+"""The content of conf/: one frozen dataclass per config group, and the object that each leaf names.
 
 Pure Python: no hydra, no torch, no file is opened here. `object` is filled by `config.check`, which builds the leaves
 when a run is composed, so that what is wrong with a parameter is told with all other errors.
@@ -34,21 +34,21 @@ class ModelConfig:
         name: CLI value, file name and CSV cell.
         target: dotted path of the class or function that makes the model.
         num_layers, num_heads, head_dim: L, H, D of self-attention.
-        sink_scales: how many first scales are always kept.
+        sink_scales: number of first scales that are always kept.
         layout_scales: scales whose codes are copied from the full run for PSNR "copied layout".
         resolutions: the scale schedules, (height, width) of each scale, by name; at the aspect ratio.
-        resolution: which of them is used.
+        resolution: name of the one that is used.
         aspect_ratio: height / width of the image, for models that have several.
         order_scales: scales at which published order files were found; empty: those of the largest resolution.
         trained_at: resolutions the checkpoint was trained for; empty where there is no other.
         force_resolution: make images at others as well.
         preset: name of the sampling defaults in use; their values are in `sampling` and `params`.
-        sampling: how codes are drawn: the family's own dataclass, spelled out for every scale.
-        dtype: of weights and of the KV state, hence of the bytes of a budget.
-        default_benchmark: what `generate` and `eval` use when no benchmark is named.
+        sampling: the family's dataclass of how codes are drawn, one value per scale.
+        dtype: number format of weights and KV state, and so of a budget's bytes.
+        default_benchmark: benchmark of `generate` and `eval` when none is named.
         calibration_prompts: the benchmark whose prompts `calibrate` uses.
         calibration_check: a second list, whose orders `calibrate` compares with the first one's.
-        world: what a model that knows nothing else was trained on (`shapes`); "" for any subject.
+        world: the only subject that the model was trained on (`shapes`); "" for any.
         sketch: dotted path of the function that makes its shape without weights, for byte plans.
         weights: files, digests, licences.
         params: the remaining arguments of `target`.
@@ -101,7 +101,7 @@ class ModelConfig:
         return DTYPE_BYTES[self.dtype]
 
     def identity(self) -> dict[str, Any]:
-        """What of the model can change an image; the digest of its weights is added by whoever opens them.
+        """Return the parts of the model that can change an image; whoever opens the weights adds their digest.
 
         The aspect ratio is in the sizes, the preset in the values it stands for. A parameter that is null is left out,
         so that a new one changes no run that does not use it.
@@ -142,7 +142,7 @@ class MethodConfig:
     object: Any = field(default=None, compare=False, repr=False)
 
     def identity(self) -> dict[str, Any]:
-        """What of the method can change an image."""
+        """Return the parts of the method that can change an image."""
         return {"name": self.name, "target": self.target, "params": self.params}
 
 
@@ -154,7 +154,7 @@ class BenchmarkConfig:
         name: CLI value and CSV cell.
         target: dotted path of the class or function that reads the prompts.
         version: changes whenever a prompt changes.
-        default_metrics: what `eval` computes when no metric is named.
+        default_metrics: names of the metrics that `eval` computes when none is named.
         world: models of this world alone can draw it; "" is for all.
         params: every other key of the YAML.
         object: the benchmark itself; its files are not read yet.
@@ -171,7 +171,7 @@ class BenchmarkConfig:
     object: Any = field(default=None, compare=False, repr=False)
 
     def identity(self) -> dict[str, Any]:
-        """What of the benchmark can change an image; not where its files can be fetched."""
+        """Return the parts of the benchmark that can change an image; the address of its files is none."""
         params = {key: value for key, value in self.params.items() if key != "hub"}
         return {"name": self.name, "version": self.version, "target": self.target, "params": params}
 
@@ -203,7 +203,7 @@ class RuntimeConfig:
 
     Args:
         device: "cpu" or "cuda"; "auto", a GPU where there is one, is resolved when the run is composed.
-        device_index: which GPU; never part of a hash.
+        device_index: number of the GPU; never part of a hash.
         threads: CPU threads of torch; None leaves torch's own choice; never part of a hash.
         attention: back end of ragged attention; "varlen" needs CUDA, "masked" is the slow dense oracle; "auto" is
             resolved when the run is composed.
@@ -222,5 +222,5 @@ class RuntimeConfig:
         return f"cuda:{self.device_index}" if self.device == "cuda" else "cpu"
 
     def identity(self) -> dict[str, Any]:
-        """What of the machinery can change a float, and so a pixel."""
+        """Return the parts of the machinery that can change a float, and so a pixel."""
         return {"device": self.device, "attention": self.attention, "batch_size": self.batch_size}

@@ -1,4 +1,4 @@
-"""What a run is: the frozen dataclasses that every command works on, and the hash that names its folder.
+"""Runs: the frozen dataclasses that every command works on, and the hash that names a run's folder.
 
 Made by `config.compose` from YAML and overrides, read by the pipeline. Pure Python: no hydra, no torch. The comment
 beside a field says where the user sets it.
@@ -29,15 +29,15 @@ class RunConfig:
         model, method, benchmark, metrics, runtime: the chosen files of the config groups.
         reference: the method all others are compared with (`full`).
         calibration_prompts: the prompts of `calibrate`; calibration_check: those it compares its orders with.
-        budget: what may be kept, on whichever axis it was given (`budget`, `rho`).
-        bootstrap: how intervals are drawn.
-        seed: of the run; each image derives its own.
+        budget: fraction that may be kept, on the axis on which it was given (`budget`, `rho`).
+        bootstrap: number, confidence and seed of the draws behind intervals.
+        seed: the run's seed; each image derives its own.
         seed_mode: "hash" (default) or "paper" (seed + i, batch 1).
         limit: first prompts of the benchmark; None for all.
         shard: (i, n): every n-th batch beginning with the i-th.
         out: everything is written below it.
         weights: folder with files of models and metrics, None where none was named; `random`: see `random_weights`.
-        text: where text features are kept; None for `out`/text.
+        text: folder of text features; None for `out`/text.
         calibration, schedule: artifacts to use instead of those `out` holds.
         orders: published head orders in the calibration's place.
         plugin: a Python file that holds a method from outside.
@@ -91,7 +91,7 @@ class RunConfig:
 
     @property
     def text_root(self) -> Path:
-        """Where text features are kept."""
+        """The folder of text features."""
         return self.text or self.out / "text"
 
     @property
@@ -125,7 +125,7 @@ class RunConfig:
         return code_sha256(folder_files("core") | folder_files("calibration") | module_files(self.model.target))
 
     def identity(self) -> dict[str, Any]:
-        """What can change an image, as plain values for `config_hash`; the code that makes it is apart.
+        """Return everything that can change an image, as plain values for `config_hash`; the code is apart.
 
         Digests of files are not known here; the pipeline adds those of weights, calibration, plan and code.
         """
@@ -140,7 +140,7 @@ class RunConfig:
         }
 
     def calibration_identity(self) -> dict[str, Any]:
-        """What can change a calibration: no method, no budget, its own prompts."""
+        """Return everything that can change a calibration: no method, no budget, its own prompts."""
         return {
             "model": self.model.identity(),
             "prompts": self.calibration_prompts.identity(),
@@ -192,7 +192,7 @@ class Plan:
     Args:
         command: "calibrate", "build-schedule", "generate" or "eval".
         runs: one entry per point of the sweep, in the order typed, without repeats; at least one.
-        overrides: what the user typed, options included, as overrides.
+        overrides: everything that the user typed, options included, as overrides.
         experiment: the experiment the runs come from, if any.
         dry_run: show, but touch nothing.
         named: keys that were set, by the user or by the experiment.

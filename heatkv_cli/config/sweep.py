@@ -1,4 +1,4 @@
-"""What was typed, as axes of a sweep: overrides in Hydra's own grammar, and experiment files.
+"""Typed words as axes of a sweep: overrides in Hydra's own grammar, and experiment files.
 
 `method=full,heatkv budget=0.2,0.1` is two axes of two points. A point sets one key or, in an experiment row that
 carries its own parameters, several. The product of the axes is the list of runs, first axis outermost.
@@ -31,7 +31,7 @@ MOST_POINTS = 10_000
 _QUOTE = "quote a value that holds special characters: 'key=\"...\"'"
 
 Point = tuple[tuple[str, Any], ...]
-"""What one point of an axis sets: (key, value) pairs."""
+"""(key, value) pairs that one point of an axis sets."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def _parse(text: str) -> Axis:
             values = [parser.parse_override(f"{key}={item}").value() for item in items]
         else:
             values = [override.value()]
-    except (HydraException, ValueError, ArithmeticError, TypeError) as error:  # range(0,3,0), a number of 5,000 digits
+    except (HydraException, ValueError, ArithmeticError, TypeError, RecursionError) as error:
+        # range(0,3,0), a number of 5,000 digits, a thousand brackets
         key, _, value = text.partition("=")
         if key in PATH_KEYS:  # a path with a tilde or a blank, as shells hand it over
             return Axis(key, (((key, value),),))

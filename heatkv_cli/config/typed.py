@@ -21,6 +21,9 @@ from heatkv_cli.errors import ConfigError, did_you_mean, raise_all
 
 T = TypeVar("T")
 
+MOST_WHOLE = 2**63 - 1
+"""The largest whole number that tensors and files can hold."""
+
 _MISSING = object()
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -103,13 +106,16 @@ def _convert(value: Any, hint: Any, where: str, errors: list[ConfigError]) -> An
         return Path(os.path.expanduser(value)) if isinstance(value, (str, Path)) and str(value) else _MISSING
     if hint is float:
         return _number(value, where, errors)
+    if type(value) is int and hint is int and abs(value) > MOST_WHOLE:
+        errors.append(ConfigError(f"{where} is {show(value)}", f"it must be a whole number up to {MOST_WHOLE:,}"))
+        return None
     if hint in (int, str, bool, type(None)):
         return value if type(value) is hint else _MISSING
     return value  # Any, protocols, tensors: whoever uses it knows better
 
 
 def _number(value: Any, where: str, errors: list[ConfigError]) -> Any:
-    """A finite float; whole numbers are numbers."""
+    """Return a finite float; a whole number is one too."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return _MISSING
     if abs(value) > sys.float_info.max or value != value:
@@ -237,8 +243,8 @@ def build(
 
     Args:
         target: dotted path of a class or function.
-        params: what the user may set; every key and every annotated type is checked.
-        expect: what the result must be: a class, or a protocol, which is checked where it is runtime-checkable.
+        params: values that the user may set; every key and every annotated type is checked.
+        expect: class of the result, or a protocol, which is checked where it is runtime-checkable.
         where: the config group, for messages ("method").
         offers: arguments that are passed where the target has a parameter of that name, and dropped elsewhere.
         **context: arguments that the target must take; they are passed on unchecked.
@@ -272,8 +278,8 @@ def check_arguments(
     """Return the arguments of a class or function from plain values, typed; append what is wrong.
 
     Args:
-        factory: what would be called.
-        params: what the user may set.
+        factory: callable that would be called.
+        params: values that the user may set.
         where: the key they stand under, for messages.
         given: further arguments that the caller will pass.
         errors: every problem is appended here.

@@ -3,7 +3,7 @@
 Heads of a layer that keep equally many tokens form a group; a group is one `scaled_dot_product_attention` over
 [its history, the current scale]. `varlen` hands the same to PyTorch's variable-length kernel in one launch, every
 (row, head) a sequence of its own length; it needs CUDA and half precision. The masked oracle computes it from a padded
-dense tensor; tests hold every back end to it (design.md 10, tolerances). Statistics of attention are computed in
+dense tensor; tests hold every back end to it (docs/exactness.md). Statistics of attention are computed in
 chunks of queries, never as one matrix.
 """
 

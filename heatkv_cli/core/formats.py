@@ -189,7 +189,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     shifts = torch.arange(together, dtype=torch.int32, device=codes.device) * bits
     words = (padded << shifts).sum(-1, dtype=torch.int32)
     bytes_ = torch.arange(width, dtype=torch.int32, device=codes.device) * 8
-    packed = ((words.unsqueeze(-1) >> bytes_) & 255).to(torch.uint8).flatten(-2)
+    packed: Tensor = ((words.unsqueeze(-1) >> bytes_) & 255).to(torch.uint8).flatten(-2)
     return packed[..., : packed_bytes(count, bits)]
 
 
@@ -200,13 +200,14 @@ def unpack(data: Tensor, bits: int, count: int) -> Tensor:
     together, width = _groups(bits)
     if width == 1:
         shifts = torch.arange(together, dtype=torch.uint8, device=data.device) * bits
-        codes = (data.unsqueeze(-1) >> shifts) & (2**bits - 1)
+        codes: Tensor = (data.unsqueeze(-1) >> shifts) & (2**bits - 1)
         return codes.flatten(-2)[..., :count]
     padded = torch.nn.functional.pad(data, (0, -data.shape[-1] % width)).unflatten(-1, (-1, width)).int()
     bytes_ = torch.arange(width, dtype=torch.int32, device=data.device) * 8
     words = (padded << bytes_).sum(-1, dtype=torch.int32)
     shifts = torch.arange(together, dtype=torch.int32, device=data.device) * bits
-    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)[..., :count]
+    codes = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.to(torch.uint8).flatten(-2)[..., :count]
 
 
 def _groups(bits: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a method is: a paper's parameters, and the policy that follows from them at a budget.
+"""The contract of a method: a paper's parameters, and the policy that follows from them at a budget.
 
 A method is one frozen dataclass in one file (or folder) of this package, or of anybody's. Its fields are the paper's
 parameters, its docstring the paper's rule; `policy(setting)` gives the decisions of one generation. Methods that plan
@@ -22,7 +22,7 @@ from heatkv_cli.core.scales import Geometry, ScaleSchedule
 from heatkv_cli.errors import ConfigError
 
 Granularity = Literal["token", "atom", "-"]
-"""What is kept or dropped as one: a token of a head, an atom (all tokens of a scale in a head), nothing."""
+"""The unit that is kept or dropped as one: a token of a head, an atom (all tokens of a scale in a head), nothing."""
 
 Timing = Literal["before", "after"]
 """When a method chooses: before attention, so that only what is kept is attended, or after it."""
@@ -48,7 +48,7 @@ class Plan(Protocol):
 
     @property
     def about(self) -> str:
-        """What decided the plan, in words, for the table's title."""
+        """Origin of the plan in words, for the table's title."""
         ...
 
     def table(self) -> list[dict[str, int | float]]:
@@ -56,7 +56,7 @@ class Plan(Protocol):
         ...
 
     def report(self) -> Mapping[str, Any]:
-        """What is worth knowing about it, as plain values, for --json."""
+        """Return facts about the plan as plain values, for --json."""
         ...
 
     def save(self, path: Path | str) -> None:
@@ -71,11 +71,11 @@ class Plan(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method works with in one run.
+    """Everything a method works with in one run.
 
     Args:
         geometry: shape of the model's cache.
-        budget: what may be kept of it.
+        budget: fraction of it that may be kept.
         rows: batch rows, guidance rows included.
         name: the method's name on the command line, for messages and plans.
         calibration: statistics of the model's attention; None unless the method is calibrated.
@@ -151,7 +151,7 @@ class Method:
     """Base of all methods: a frozen dataclass whose fields are the paper's parameters.
 
     Class attributes:
-        granularity: what is kept or dropped as one.
+        granularity: the unit that is kept or dropped as one.
         plan_type: class of the plan that the method makes ahead of any image; None for methods that decide online.
     """
 

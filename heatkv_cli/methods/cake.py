@@ -103,7 +103,7 @@ class _CAKE(Selecting):
         return Keep(layer, mask=mask)
 
     def _observe(self, visit: Visit) -> Tensor:
-        """Scores of the visit's tokens, infinite for the window's own; notes the layer's preference."""
+        """Return the scores of the visit's tokens, infinite for the window's own; notes the layer's preference."""
         queries = self._window.queries(visit)
         own = self._window.columns(visit, queries)
         weights = visit.attention(queries)
@@ -120,7 +120,7 @@ class _CAKE(Selecting):
         return scores.masked_fill_(there, torch.inf)
 
     def _caps(self, visit: Visit) -> list[int]:
-        """Tokens that each layer should have now: fresh preferences up to this layer, the last scale's behind it."""
+        """Return each layer's tokens, by fresh preferences up to this layer and the last scale's behind it."""
         tokens, layer = visit.k.shape[2], visit.layer
         available = [held + tokens * (i >= layer) for i, held in enumerate(self._held)]
         windows = [min(self._window.tokens, length) for length in available]
@@ -131,7 +131,7 @@ class _CAKE(Selecting):
         return [w + b for w, b in zip(windows, shares(weights, total, bodies), strict=True)]
 
     def _make_room(self, layer: int, caps: Sequence[int]) -> None:
-        """Cut other layers to their new caps until this one gets its own: visited layers first, then the last ones."""
+        """Cut other layers to their new caps until this one has its own: visited layers first, then the last ones."""
         missing = caps[layer] + sum(self._held) - self._held[layer] - self._total
         for other in (*range(layer), *range(len(caps) - 1, layer, -1)):
             given = min(missing, self._held[other] - caps[other])

@@ -43,14 +43,14 @@ class Hack(Method):
     Args:
         alpha: share of contextual heads, or `elbow`: up to the knee of the sorted variances, within 0.2 and 0.8.
         ratio: budget of a contextual head over that of a structural one.
-        queries: which current queries score: `uniform` in raster order, `grid`, `random`, `init`, `recent`, `full`.
-        num_queries: how many; `auto` is min(the paper's 32, a quarter of a head's mean tokens).
-        query_seed: of the random queries.
+        queries: current queries that score: `uniform` in raster order, `grid`, `random`, `init`, `recent`, `full`.
+        num_queries: their number; `auto` is min(the paper's 32, a quarter of a head's mean tokens).
+        query_seed: seed of the random queries.
         init_scales: scales whose tokens are the initial ones; never more than a quarter of the head's budget.
         asymmetric: two budgets; else one for all heads.
         patterns: two rules; else every head keeps the top columns, and nothing is merged.
         merge: fold dropped tokens into kept ones at the final scale.
-        keep_initial, keep_recent: what structural heads protect.
+        keep_initial, keep_recent: whether structural heads protect the first tokens, the current scale.
         swapped: contextual heads follow the structural rule and the other way round; budgets stay.
         share_cfg: conditional and guidance row choose together.
         timing: `before` attention as in the paper, or `after` it.
@@ -117,7 +117,7 @@ class Hack(Method):
 
 
 def contextual_heads(variance: Tensor, alpha: float | str) -> Tensor:
-    """The alpha * L * H heads of lowest variance, ranked over all layers; bool (L, H). Ties: lower layer, then head."""
+    """Return the alpha * L * H heads of lowest variance over all layers, bool (L, H); ties: lower layer, then head."""
     share = elbow(variance) if isinstance(alpha, str) else alpha
     order = variance.flatten().argsort(stable=True)
     contextual = torch.zeros(variance.numel(), dtype=torch.bool)
@@ -201,7 +201,7 @@ class _Hack(Selecting):
         return draw[:count].sort().values
 
     def _protect(self, visit: Visit, scores: Tensor, positions: Tensor, heads: Tensor) -> None:
-        """Raise the scores (B, n, N) of what spatial ones among `heads` protect, first and newest tokens, to infinity.
+        """Raise the scores (B, n, N) of first and newest tokens to infinity in the spatial ones among `heads`.
 
         A spatial head whose budget does not hold the current scale has no use for older tokens: theirs sink to
         -infinity, and the best current token of every patch is protected instead of all.
@@ -228,7 +228,7 @@ class _Hack(Selecting):
 
 
 def best_of_patches(scores: Tensor, schedule: ScaleSchedule, scale: int, sides: Tensor) -> Tensor:
-    """The token with the highest score in every patch of the map; ties go to the first in raster order.
+    """Return the token with the highest score in every patch of the map; ties go to the first in raster order.
 
     Args:
         scores: (B, H, N) of the scale's tokens.

@@ -20,7 +20,7 @@ class LookM(HeavyMethod):
     Args:
         timing, recent, n_obs, per_scale_mean, share_cfg: see `HeavyMethod`.
         merge: `pivot`, `average` or `weighted`, see `toolkit.merging`; `none` drops.
-        text: how many first tokens count as text; `scales` stands for the model's sink scales.
+        text: number of first tokens that count as text; `scales` stands for the model's sink scales.
 
     Source: arXiv 2406.18139, sections 3.2 and 3.3; variants checked against SUSTechBruce/LOOK-M @ 0b9c09d.
     Differs: these models have no text in the self-attention cache, so the sink scales are protected in its place.

@@ -29,7 +29,7 @@ class MEDA(HeavyMethod):
     Args:
         timing, recent, n_obs, per_scale_mean, share_cfg: see `HeavyMethod`.
         merge: `pivot`, `average` or `weighted`, see `toolkit.merging`; `none` drops.
-        text: how many first tokens count as text; `scales` stands for the model's sink scales.
+        text: number of first tokens that count as text; `scales` stands for the model's sink scales.
         window: observed queries; `auto` is min(32, a quarter of a head's mean tokens).
         obs: `grid`, they are spread over the map; `recent`, its last tokens.
 
@@ -97,13 +97,13 @@ class _MEDA(HeavyHitters):
         return held[layer]
 
     def _weights(self) -> list[float]:
-        """Softmax of the entropies known; a layer never seen counts as the mean."""
+        """Return the softmax of the known entropies; a layer that was never seen counts as the mean."""
         known = [entropy for entropy in self._entropy if entropy is not None]
         filled = [sum(known) / len(known) if entropy is None else entropy for entropy in self._entropy]
         return [math.exp(entropy - max(filled)) for entropy in filled]
 
     def _observe(self, visit: Visit) -> float:
-        """Mean entropy, in nats, of the observed queries' attention over the history."""
+        """Return the mean entropy, in nats, of the observed queries' attention over the history."""
         queries = observed_queries(visit.geometry.schedule.sizes[visit.scale], self._window, self._obs)
         history = visit.positions().shape[2] - visit.k.shape[2]
         if not history:

@@ -50,12 +50,12 @@ class PyramidKV(WindowMethod):
 
 
 def pyramid(layers: int, mean: int, window: int, length: int, steepness: int = 20) -> list[int]:
-    """Tokens of a head in each layer, first layer first; they sum to layers * mean, or nothing has to go.
+    """Return the tokens of a head in each layer, first layer first; they sum to layers * mean unless everything fits.
 
     Args:
         layers: L.
-        mean: of the layers.
-        window: of these, always there.
+        mean: tokens of a head, mean over layers.
+        window: tokens of them that are always there.
         length: tokens there are in the first layer, the longest.
         steepness: mean over smallest, the window left aside.
     """

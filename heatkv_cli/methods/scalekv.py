@@ -88,7 +88,7 @@ class ScaleKV(WindowMethod):
         return _ScaleKV(setting, self, window, self._caps(setting, setting.need_calibration().asi.mean(0)))
 
     def _caps(self, setting: Setting, asi: Tensor) -> list[list[int]]:
-        """Tokens of each layer after each scale, [scale][layer]; the last scale's are attended only."""
+        """Return the tokens of each layer after each scale, [scale][layer]; the last scale's are attended only."""
         geometry, mean = setting.geometry, setting.stored_cap()
         L, offsets = geometry.num_layers, geometry.schedule.offsets
         means = [mean] * (geometry.num_scales - 1) + [setting.cap]
@@ -112,7 +112,7 @@ class ScaleKV(WindowMethod):
         return self.drafters
 
     def _refiner(self, mean: int, step: int) -> int:
-        """Tokens a refiner has before drafters take what they can use."""
+        """Return the tokens that a refiner has before drafters take what they can use."""
         least = min(self.floor, mean // 2)
         if self.allocation == "mean":
             return least
@@ -124,7 +124,7 @@ def draft(asi: Tensor, scales: Sequence[int], count: int, rank: str = "scale") -
 
     Args:
         asi: (L, K).
-        scales: of interest, S of them.
+        scales: scales to classify, S of them.
         count: drafters per scale.
         rank: `scale`: that many in each; `all`: that many times S over all of them together.
 
@@ -142,7 +142,7 @@ def draft(asi: Tensor, scales: Sequence[int], count: int, rank: str = "scale") -
 
 
 def split(mean: int, available: Sequence[int], drafters: set[int], refiner: int) -> list[int]:
-    """Tokens of the layers at one scale: drafters take all they can use, refiners share the rest equally.
+    """Return the tokens of the layers at one scale: drafters take all they can use, refiners share the rest equally.
 
     Args:
         mean: tokens of a layer on average.
@@ -163,7 +163,7 @@ def split(mean: int, available: Sequence[int], drafters: set[int], refiner: int)
 
 
 def published_caps(setting: Setting) -> list[list[int]]:
-    """The 10 % files' tokens of each layer after each scale; at the last scale those of the scale before.
+    """Return the 10 % files' tokens of each layer after each scale; at the last scale those of the scale before.
 
     Raises:
         ConfigError: another model, or another resolution than 1M 1:1.

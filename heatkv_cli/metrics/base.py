@@ -37,11 +37,11 @@ class Spec:
     """Facts about a metric that result rows hold.
 
     Attributes:
-        name: in rows and on the command line.
+        name: name in rows and on the command line.
         version: changes whenever the same images give another number.
-        unit: of the number; '' where it has none.
+        unit: unit of the number; '' where it has none.
         higher_is_better: the direction.
-        kind: what is compared with what.
+        kind: whether pairs, sets, or image and prompt are compared.
         needs: the generation pass whose images are measured.
     """
 
@@ -60,7 +60,7 @@ class Metric:
     A subclass is a frozen dataclass with a ``SPEC``; it derives from ``ImageMetric`` or ``SetMetric``.
 
     Args:
-        name: in the result rows; None is the name of ``SPEC``.
+        name: name in the result rows; None is that of ``SPEC``.
 
     Raises:
         ConfigError: a parameter is out of its range; the message names it, what is allowed, and what to type.
@@ -155,7 +155,7 @@ class Metric:
         """Check, before any picture is made, that a prompt says what the metric has to know.
 
         Args:
-            prompt_id: of the prompt.
+            prompt_id: id of the prompt.
             meta: its further fields in the list.
 
         Raises:
@@ -175,7 +175,7 @@ class Metric:
         """Return the metric told where it may keep files of its own, beside the scores; most keep none.
 
         Args:
-            folder: of the run.
+            folder: folder of the run.
             shard: (i, n) of this process; a file has one writer.
         """
         return self
@@ -186,7 +186,7 @@ class Networked(Metric):
     """Base of metrics that run a network.
 
     Args:
-        device: where the network runs: cpu, cuda or cuda:N. It never changes which number is meant.
+        device: device of the network: cpu, cuda or cuda:N. It is no part of a score's identity.
         weights_folder: the first of the places where files are looked for.
     """
 
@@ -218,10 +218,10 @@ class ImageMetric(Metric):
         """Return the values of a run, headline first; here the mean over images.
 
         Args:
-            scores: of all images, at least one.
+            scores: scores of all images, at least one.
             baseline: scores of the run to compare with (the full cache), for paired intervals; images that only one of
                 the two runs has are left out of the comparison.
-            bootstrap: how intervals are drawn.
+            bootstrap: the run's way of drawing intervals.
 
         Raises:
             ValueError: no scores.
@@ -300,7 +300,7 @@ class SetMetric(Metric):
         Args:
             images: ``Statistics`` of the generated images.
             reference: those of the reference; None for a metric without one.
-            bootstrap: how intervals are drawn.
+            bootstrap: the run's way of drawing intervals.
 
         Raises:
             ValueError: a side has too few images for the formula.

@@ -1,4 +1,4 @@
-"""How a run draws its intervals: one value for all its metrics. Plain numbers, so that a config can hold it."""
+"""The way a run draws its intervals, one value for all its metrics, in plain numbers that a config can hold."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MOST_RESAMPLES = 1_000_000
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How a run draws its intervals: one value for all its metrics.
+    """The way a run draws its intervals, one value for all its metrics.
 
     Args:
         resamples: repetitions, 2 to 1,000,000.
         confidence: mass of the interval, in (0, 1).
-        seed: of the draws, at least 0; the same values and seed give the same interval.
+        seed: seed of the draws, at least 0; the same values and seed give the same interval.
 
     Raises:
         ConfigError: a number is out of its range.

@@ -60,7 +60,7 @@ class _Factored:
 
     Attributes:
         mu: (d,) mean, in the whole space.
-        trace: of the covariance in the whole space.
+        trace: trace of the covariance in the whole space.
         factor: (r, k) L with ``S = L L^T``, in the coordinates that are compared.
     """
 
@@ -84,7 +84,7 @@ class _Spectrum:
         mu_error: bound of its error.
         values: (k,) eigenvalues in the coordinates that are compared, largest last; none is negative.
         vectors: (r, k) eigenvectors, as columns.
-        trace: of the covariance in the whole space.
+        trace: trace of the covariance in the whole space.
         error: bound of the error of the covariance, its decomposition included.
     """
 
@@ -102,7 +102,7 @@ class _Spectrum:
         A covariance of n rows has rank n - 1. Eigenvalues beyond that are rounding errors of 0, and are left out.
 
         Args:
-            g: in the whole space.
+            g: the Gaussian in the whole space.
             inside: the same in the coordinates of a subspace that holds all of the other side's variance; None is the
                 whole space.
         """
@@ -146,7 +146,7 @@ def _check_sizes(ours: int, theirs: int) -> None:
 
 
 def _root_trace(a: _Spectrum, b: _Spectrum, between: Matrix, shift: int) -> float:
-    """The trace of ``(S_a S_b)^(1/2)``, with ``shift`` times the error of each covariance added to it."""
+    """Return the trace of ``(S_a S_b)^(1/2)``, with ``shift`` times the error of each covariance added to it."""
     left, right = (np.sqrt((side.values + shift * side.error).clip(0)) for side in (a, b))
     return float(np.linalg.svd(left[:, None] * between * right, compute_uv=False).sum())
 
@@ -161,9 +161,9 @@ def frechet_value(
     distance is from that of infinitely many images: small sets are biased upwards, so only values of one n compare.
 
     Args:
-        variant: of the row.
-        images: of the set.
-        reference: of what it is compared with.
+        variant: variant of the row.
+        images: moments of the set.
+        reference: moments of the set it is compared with.
         bootstrap: its confidence is that of the interval; the jackknife draws nothing.
 
     Raises:
@@ -243,6 +243,6 @@ def _gaussian(side: Moments | Gaussian, without: int | None) -> Gaussian:
 
 
 def _span(images: Moments) -> Matrix:
-    """Orthonormal columns (d, n - 1) that span the differences of n images."""
+    """Return orthonormal columns (d, n - 1) that span the differences of n images."""
     _, vectors = np.linalg.eigh(images.gaussian().sigma)
     return np.asarray(vectors[:, vectors.shape[1] - (images.n - 1) :])

@@ -34,7 +34,7 @@ def bootstrap_interval(
         groups: per value the label of what was drawn independently (its prompt's id); None makes every value its own
             group. Equal labels in different strata are different groups.
         strata: per value the label of the set to resample within (its task); None is one stratum.
-        bootstrap: how to draw.
+        bootstrap: number, confidence and seed of the draws.
 
     Raises:
         ValueError: no values, values that are not finite, or lengths that differ.
@@ -89,7 +89,7 @@ def crossed_interval(differences: NDArray[np.floating], *, bootstrap: Bootstrap 
 
     Args:
         differences: (seeds, prompts); nan where a pair has no difference (identical images).
-        bootstrap: how to draw.
+        bootstrap: number, confidence and seed of the draws.
 
     Raises:
         ValueError: fewer than two prompts or seeds, or a prompt or seed without any difference.
@@ -155,10 +155,10 @@ def mean_value(
     """Return the mean of ``scores`` as a row, with the paired difference to ``baseline`` in ``extra``.
 
     Args:
-        variant: of the row.
-        scores: at least one, all finite.
+        variant: variant of the row.
+        scores: scores of the run, at least one, all finite.
         baseline: scores of the run to compare with; None where there is none.
-        bootstrap: of both intervals, over prompts.
+        bootstrap: draws of both intervals, over prompts.
         stratified: take the unweighted mean over strata and resample prompts within them; else the mean over images.
         extra: further numbers.
 
@@ -193,9 +193,9 @@ def paired_difference(
     remain. Empty without a baseline or without a pair.
 
     Args:
-        scores: of the run.
-        baseline: of the run to compare with.
-        bootstrap: of the interval, over prompts.
+        scores: scores of the run.
+        baseline: scores of the run to compare with.
+        bootstrap: draws of the interval, over prompts.
         stratified: take the unweighted mean over strata instead of the mean over images.
     """
     other = {(s.prompt_id, s.index): s.value for s in baseline or ()}

@@ -39,7 +39,7 @@ class _Backbone:
         taps: the layers of ``features`` after which the distance is taken.
         parameters: numbers in the layers up to the last tap.
         least: smallest side of a picture that reaches the last tap.
-        file: of its weights.
+        file: file of its weights.
         heads: sha256 of the learned heads (v0.1).
     """
 
@@ -215,7 +215,7 @@ def _load(net: Net, path: Path, device: str) -> nn.Module:
 
 
 def _heads(net: Net) -> Path:
-    """The learned heads, found without importing torchmetrics, which takes seconds.
+    """Return the learned heads, found without importing torchmetrics, which takes seconds.
 
     Raises:
         SetupError: torchmetrics is not installed, or has other heads than version 0.1.

@@ -64,7 +64,7 @@ def parameter(default: Any, *, counts: bool = True, kw_only: bool = False, **lim
     """Return a dataclass field.
 
     Args:
-        default: of the parameter.
+        default: default of the parameter.
         counts: whether the parameter can change a number.
         kw_only: whether it is given by name only.
         **limits: fields of ``Range``.
@@ -125,7 +125,7 @@ def _wrong(values: Any) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the annotated type; true is no number, no number is NaN or infinite, no text is empty."""
+    """Return whether a value has the annotated type; true is no number, numbers are finite, texts are not empty."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
@@ -171,7 +171,7 @@ def _words(hint: Any, limits: Range) -> Iterator[str]:
 
 
 def _typed(value: Any) -> str:
-    """A default as a user would type it."""
+    """Return a default as a user would type it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(value)

@@ -76,7 +76,7 @@ def _at_once(path: str, flags: int) -> int:
 
 
 def _exact(opened: Image.Image, path: Path) -> Pixels:
-    """The pixels of an opened picture.
+    """Return the pixels of an opened picture.
 
     Raises:
         ArtifactError: see ``read_image``.

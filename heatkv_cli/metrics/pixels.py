@@ -107,7 +107,7 @@ class SSIM(ImageMetric):
     Args:
         data_range: largest possible difference, 255 for 8-bit images.
         batch_size: images at a time.
-        device: where it is computed.
+        device: device of the computation.
 
     Source: Wang et al. 2004, equation 13; behaviour of torchmetrics 1.9.0.
     """

@@ -88,7 +88,7 @@ class Value:
     """One row of results.
 
     Attributes:
-        variant: which number of the metric it is; '' for the headline.
+        variant: name of this number of the metric; '' for the headline.
         value: the number.
         stderr: standard error; nan where unknown.
         low: lower bound of the run's interval; nan where unknown.

@@ -63,7 +63,7 @@ class Moments:
 
     Args:
         dim: features per image.
-        groups: of the delete-a-group jackknife; at least 2.
+        groups: groups of the delete-a-group jackknife; at least 2.
 
     Attributes:
         counts: (groups,) images.

@@ -15,10 +15,11 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import itertools
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -42,10 +43,10 @@ class NetworkFile:
 
     Attributes:
         name: its name on disk.
-        source: where it can be had, in words.
+        source: address or place that has it, in words.
         repository: its hub repository, owner/name; '' where the hub has none.
         remote: its path in the repository; '' where that is its name.
-        licence: of the file.
+        licence: licence of the file.
         revision: commit of the repository; None is main.
         sha256: digests of its published forms; empty where none is known.
         bytes: its size; None where it is not known.
@@ -84,7 +85,7 @@ class Wanted:
         file: the published file.
         given: path from the metric's option; None for the usual places.
         folder: the folder that was named for all weights.
-        sha256: what the user says its digest is; None leaves it to the published ones.
+        sha256: digest that the user expects; None leaves it to the published ones.
     """
 
     file: NetworkFile
@@ -148,7 +149,7 @@ class Wanted:
         if expected and (found := weights_sha256(path)) not in expected:
             raise ArtifactError(
                 f"{path} has sha256 {found[:8]}..., {self.file.name} should have {expected[0][:8]}...",
-                "fetch it again; an option of the metric (weights=PATH) takes another file on purpose",
+                "fetch it again; the metric's key for its weights takes another file on purpose",
             )
         return path
 
@@ -170,9 +171,9 @@ def find_weights(file: NetworkFile, given: str | None = None, folder: Path | Non
             return path
         raise SetupError(f"weights missing: {path} is not a file", f"{file.name} comes from {file.source}")
     named = dict.fromkeys(Path(os.path.expanduser(place)) for place in (folder, os.environ.get(FOLDER)) if place)
-    cached = (Path(torch.hub.get_dir()) / "checkpoints" / file.name, _in_hub_cache(file))
-    for found in (*(place / file.name for place in named), *cached):
-        if found is not None and os.path.isfile(found):  # noqa: PTH113
+    places = (*(place / file.name for place in named), Path(torch.hub.get_dir()) / "checkpoints" / file.name)
+    for found in itertools.chain(places, _in_hub_cache(file)):
+        if os.path.isfile(found):  # noqa: PTH113
             return found
     raise SetupError(
         f"weights missing: {file.name}; looked at {', '.join((*map(str, named), 'the caches of hubs'))}",
@@ -180,12 +181,12 @@ def find_weights(file: NetworkFile, given: str | None = None, folder: Path | Non
     )
 
 
-def _in_hub_cache(file: NetworkFile) -> Path | None:
-    if not file.repository:
-        return None
-    with contextlib.suppress(OSError):
-        return hub_snapshot(file.repository, file.revision) / (file.remote or file.name)
-    return None
+def _in_hub_cache(file: NetworkFile) -> Iterator[Path]:
+    """The hub is asked last: its package takes most of a second to import."""
+    if file.repository:
+        name = file.remote or file.name
+        with contextlib.suppress(OSError):
+            yield hub_snapshot(file.repository, [name], file.revision) / name
 
 
 def weights_sha256(path: Path) -> str:
@@ -245,7 +246,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _has_code(path: Path) -> bool:
-    """Whether this is a zip with TorchScript's constants or code beside the data."""
+    """Return whether this is a zip with TorchScript's constants or code beside the data."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -8,7 +8,6 @@ more of them than a wheel.
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 
 from heatkv_cli.errors import ArtifactError, SetupError
-from heatkv_cli.results import hub_snapshot, sha256_file, sha256_known
+from heatkv_cli.results import hub_snapshot, load_json, sha256_file, sha256_known
 
 READ = (".bin", ".json", ".model", ".pt", ".pth", ".safetensors", ".txt")
 SIZE_TOLERANCE = 0.01
@@ -91,7 +90,7 @@ def places(model: str, file: WeightFile, folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         yield from (folder / file.name, folder / model / file.name)
     if file.hub:
-        yield hub_snapshot(file.repository, file.revision) / file.inside
+        yield hub_snapshot(file.repository, file.hub_files, file.revision) / file.inside
     else:
         yield asset(file.name)
 
@@ -120,6 +119,8 @@ def find_file(model: str, file: WeightFile, folder: Path | None, package: bool =
     if not there:
         raise missing(model, file, where, package)
     found = there[0]  # a folder that lacks a part may be of another format: its loader knows
+    if not (found.is_file() or found.is_dir()):
+        raise ArtifactError(f"model {model}: {found} is neither a file nor a folder", "put the file itself there")
     if verify and file.sha256 and sha256_path(found) != file.sha256:
         own = "" if package else ", or set model.weights.verify=false for weights of your own"
         raise ArtifactError(f"model {model}: {found} is not the file the config names (sha256)", f"fetch it again{own}")
@@ -197,7 +198,7 @@ def _safetensors_damage(path: Path, size: int) -> str:
         if length > size - 8:
             return "cut short, or no safetensors file"
         try:
-            header = json.loads(handle.read(length))
+            header = load_json(handle.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return "its header cannot be read"
@@ -207,13 +208,14 @@ def _safetensors_damage(path: Path, size: int) -> str:
 
 def _json_damage(path: Path) -> str:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
     except ValueError:
         return "not JSON"
     if not path.name.endswith(".index.json"):
         return ""
-    shards = set(content.get("weight_map", {}).values()) if isinstance(content, dict) else set()
-    absent = sorted(name for name in shards if not (path.parent / str(name)).exists())
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    shards = set(map(str, shard_of.values())) if isinstance(shard_of, dict) else set()
+    absent = sorted(name for name in shards if not (path.parent / name).exists())
     if not shards:
         return "not an index of shards"
     return f"names {absent[0]}, which is not there" if absent else ""

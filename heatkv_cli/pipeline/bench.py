@@ -73,7 +73,7 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
 
 
 def _jobs(plan: Plan, ui: Console) -> list[Job]:
-    """The full cache first, then the runs of the plan, each once.
+    """Return the full cache first, then the runs of the plan, each once.
 
     Raises:
         ConfigError: runs that one loaded model cannot make, or a calibration of random weights.
@@ -111,7 +111,7 @@ def _batch(job: Job) -> tuple[ImageJob, ...]:
 
 
 def _begin(plan: Plan, jobs: list[Job]) -> Path:
-    """The folder of this measurement; the same command measures again."""
+    """Return the folder of this measurement; the same command measures again."""
     cfg = plan.first
     identity = {
         "runs": [job.digest for job in jobs],
@@ -133,7 +133,7 @@ def _begin(plan: Plan, jobs: list[Job]) -> Path:
 
 
 def _measure(job: Job, model: ImageModel, condition: Any) -> Pass:
-    """One pass, its cache included; then its pixels."""
+    """Run one pass, its cache included; then decode its pixels."""
     batch, device = _batch(job), job.device
     sampling, generators = job.sampling, generators_of(batch)
     with memory_errors(len(batch)):

@@ -1,4 +1,4 @@
-"""What `bench` writes and prints: passes -> tidy rows with median and spread, and tables.
+"""The output of `bench`: passes become tidy rows with median and spread, and tables.
 
 A stage whose name has a slash is a part of the stage before the slash; stages without one sum to `pass`. `pass` is the
 generation of a batch from text features to latents, `total` is that and the decoding to pixels.
@@ -33,7 +33,7 @@ COLUMNS = (
     *("weights_sha256", "schedule_sha256", "torch_version", "heatkv_version", "git_sha", "git_dirty", "created_utc"),
     "command",
 )
-"""Of `bench.csv`: one row per run, scale (or all), stage and measure. low and high: the smallest and largest repeat."""
+"""Columns of `bench.csv`: a row per run, scale (or all), stage and measure; low, high: smallest and largest repeat."""
 
 UNITS = {"seconds": "s", "bytes": "B", "flops": "FLOP"}
 """By the last word of a measure; the others are fractions."""
@@ -47,15 +47,15 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Pass:
-    """What one generation cost.
+    """Cost of one generation.
 
     Args:
-        seconds: of every scale and stage.
+        seconds: time of every scale and stage.
         decode_seconds: from latents to pixels on the host.
-        cpu_seconds: of all threads of the process; well below seconds x threads, something else had the machine.
-        profiling_seconds: what taking the times took, an upper estimate.
+        cpu_seconds: CPU time of all threads; well below seconds x threads something else had the machine.
+        profiling_seconds: time that taking the times took, an upper estimate.
         attention_flops: per scale.
-        ratios: the four betas and attended tokens, see `Ledger.ratios`.
+        ratios: betas (but for beta_work) and attended tokens, see `Ledger.ratios`.
         cache_bytes: allocated for keys, values and the method's state.
         generating, decoding: memory of the process, or of the GPU.
     """
@@ -71,7 +71,7 @@ class Pass:
     decoding: Memory
 
     def values(self) -> dict[Key, float]:
-        """Every number of the pass by scale, stage and measure."""
+        """Return every number of the pass by scale, stage and measure."""
         found: dict[Key, float] = defaultdict(float)
         for (scale, name), seconds in self.seconds.items():
             whole = name.partition("/")[0]
@@ -112,7 +112,7 @@ Passes = Mapping[str, Sequence[Pass]]
 
 
 def numbers(job: Job, full: Job, passes: Passes) -> dict[Key, Number]:
-    """All numbers of one run over the repeats it has so far."""
+    """Return all numbers of one run over the repeats it has so far."""
     mine, theirs = ([each.values() for each in passes.get(one.run_id, ())] for one in (job, full))
     found = {}
     for key in dict.fromkeys(key for each in mine for key in each):
@@ -174,7 +174,7 @@ def _unit(measure: str) -> str:
 
 
 def _machine(job: Job) -> dict[str, Any]:
-    """Where it ran, as every row says it."""
+    """Return the machine and its settings, as every row says them."""
     cfg = job.cfg
     return {
         "device": cfg.runtime.device,
@@ -186,7 +186,7 @@ def _machine(job: Job) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """The GPU's or the processor's name."""
+    """Return the GPU's or the processor's name."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -198,7 +198,7 @@ def device_name(device: str) -> str:
 
 
 def summary(jobs: Sequence[Job], passes: Passes) -> list[dict[str, Any]]:
-    """The headline of every run.
+    """Return the headline of every run.
 
     `attention_ratio` and `flop_ratio` are self-attention's time (reading the cache included) and its FLOPs over those
     of the full cache; `quotient` is the first over the second, 1 where saved work is saved time. `*_by_ffn` are in
@@ -274,7 +274,7 @@ def shown(jobs: Sequence[Job], passes: Passes) -> list[tuple[str, list[str], lis
 
 
 def _stages(jobs: Sequence[Job], passes: Passes) -> tuple[str, list[str], list[list[Any]]]:
-    """Seconds of each stage over all scales, largest of the full cache first."""
+    """Return the seconds of each stage over all scales, largest of the full cache first."""
     each = [numbers(job, jobs[0], passes) for job in jobs]
     names = {name for found in each for scale, name, measure in found if (scale, measure) == (ALL, "seconds")}
     keys = [(ALL, name, "seconds") for name in names]
@@ -285,7 +285,7 @@ def _stages(jobs: Sequence[Job], passes: Passes) -> tuple[str, list[str], list[l
 
 
 def markdown(jobs: Sequence[Job], passes: Passes, command: str) -> str:
-    """The printed tables and the command that made them."""
+    """Return the printed tables and the command that made them."""
     parts = [f"```\n{command}\n```"]
     for title, columns, rows in shown(jobs, passes):
         lines = [columns, ["---"] * len(columns), *rows]

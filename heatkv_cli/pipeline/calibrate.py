@@ -56,6 +56,7 @@ def run(plan: Plan, ui: Console) -> dict[str, Any]:
 def calibrate_all(runs: Sequence[RunConfig], resolver: Resolver, ui: Console) -> None:
     """Make the calibrations that the runs of another stage need and that are not there yet."""
     for cfg in runs:
+        ui.say(f"first: {cfg.model.name} is calibrated on {cfg.calibration_prompts.name}, with the full cache")
         path, _ = calibrate(cfg, resolver, ui)
         ui.wrote(path)
 

@@ -47,13 +47,15 @@ class Evaluated:
         job: the run.
         full: the run it is compared with; None for that one itself.
         costs: bytes, tokens and seconds, the median over batches; empty where this shard has no images.
-        measured: what came out of each metric so far.
+        made: images that recorded them; fewer than asked for where other shards make the others.
+        measured: outcome of each metric so far.
         error: why the run failed; None where it did not.
     """
 
     job: Job
     full: Evaluated | None
     costs: dict[str, float] = field(default_factory=dict)
+    made: int = 0
     measured: dict[str, Measured] = field(default_factory=dict)
     error: HeatKVError | None = None
 
@@ -142,14 +144,14 @@ def _runs(
 
 
 def _noise_floor(plan: Plan, first: Evaluated, resolver: Resolver) -> Job:
-    """The full run once more with other arithmetic: what a difference of nothing looks like."""
+    """Return the full run once more with other arithmetic: the noise floor of all differences."""
     cfg = (first.full or first).job.cfg
     other = {"attention": "masked"} if plan.first.noise_floor == "attention" else {"batch_size": 1}
     return resolver.job(replace(cfg, runtime=replace(cfg.runtime, **other)))  # type: ignore[arg-type]
 
 
 def _make(runs: Sequence[Evaluated], plan: Plan, table: tables.Table, ui: Console) -> None:
-    """All passes, and the metrics that need no network; then the model is let go."""
+    """Run all passes and the metrics that need no network, then let the model go."""
     models = Models()
     waiting: dict[str, list[Evaluated]] = {}  # by reference: runs whose distributions are compared batch by batch
     for item in runs:
@@ -180,14 +182,14 @@ def _fail(item: Evaluated, error: HeatKVError, plan: Plan, table: tables.Table, 
 
 
 def _pass_all(item: Evaluated, models: Models, ui: Console) -> None:
-    """The passes that make pictures."""
+    """Run the passes that make pictures."""
     full = item.full
     if full is not None and full.error is not None:
         raise ArtifactError(f"the run it is compared with failed: {full.error.message}", full.error.hint)
     needed = dict.fromkeys((FREE, *(metric.spec.needs for metric in item.metrics.values())))
     for kind in (kind for kind in needed if kind != FORCED):
         run_pass(item.job, kind, models, ui, None if kind == FREE or full is None else full.job)
-    item.costs = _costs(item.job)
+    item.costs, item.made = _costs(item.job)
 
 
 def _forced(item: Evaluated) -> bool:
@@ -195,7 +197,7 @@ def _forced(item: Evaluated) -> bool:
 
 
 def _force(items: Sequence[Evaluated], models: Models, plan: Plan, table: tables.Table, ui: Console) -> None:
-    """The forced pass of runs with one reference."""
+    """Run the forced pass of runs with one reference."""
     full = items[0].full
     assert full is not None  # the reference itself is compared with nothing
     failed = run_forced([item.job for item in items], full.job, models, ui)
@@ -207,7 +209,7 @@ def _force(items: Sequence[Evaluated], models: Models, plan: Plan, table: tables
 
 
 def _finish(item: Evaluated, table: tables.Table, ui: Console) -> None:
-    """What needs no network."""
+    """Measure everything that needs no network."""
     for name, metric in item.metrics.items():
         if not metric.network:
             _measure(item, name, metric, table, ui)
@@ -215,7 +217,7 @@ def _finish(item: Evaluated, table: tables.Table, ui: Console) -> None:
 
 
 def _judge(runs: Sequence[Evaluated], table: tables.Table, ui: Console) -> None:
-    """Metrics with networks: one network in memory at a time, over all runs."""
+    """Measure metrics with networks over all runs, one network in memory at a time."""
     wanted = {(metric.network, name): None for item in runs for name, metric in item.metrics.items() if metric.network}
     for network in dict.fromkeys(network for network, _ in wanted):
         for name in (name for other, name in wanted if other == network):
@@ -226,7 +228,7 @@ def _judge(runs: Sequence[Evaluated], table: tables.Table, ui: Console) -> None:
 
 
 def _measure(item: Evaluated, name: str, metric: Metric, table: tables.Table, ui: Console) -> None:
-    """One metric of one run, written at once."""
+    """Measure one metric of one run, and write it at once."""
     job, full = item.job, item.full
     beside = full.job if full is not None and metric.spec.kind == "paired" and metric.spec.needs != FORCED else None
     item.measured[name] = measure(
@@ -244,7 +246,7 @@ def _measure(item: Evaluated, name: str, metric: Metric, table: tables.Table, ui
 
 
 def _reference(metric: Metric, item: Evaluated, ui: Console) -> Callable[[SetMetric], Any] | None:
-    """What gives a set metric the statistics of its reference."""
+    """Return a function that gives a set metric the statistics of its reference."""
     if not isinstance(metric, SetMetric) or metric.reference is None:
         return None
     if metric.reference != "full":
@@ -259,21 +261,22 @@ def _full_statistics(full: Job, ui: Console, metric: SetMetric) -> Any:
     return statistics_of(metric, items_of_pass(full, FREE, None), full.folder / "features", ui, {}, full.cfg.shard)
 
 
-def _costs(job: Job) -> dict[str, float]:
-    """Median over the batches that recorded a number: bytes and tokens are the same in all of them.
+def _costs(job: Job) -> tuple[dict[str, float], int]:
+    """Return the median over the batches that recorded a number, and the images of these batches that are asked for.
 
-    The first batch alone knows beta_work, and the others the time; one batch alone has no time.
+    Bytes and tokens are the same in all batches. The first one alone knows beta_work, and the others the time; one
+    batch alone has no time.
     """
     folder = RunFolder.reading(job.folder / FREE)
     rows = [row for image in job.shown if (row := folder.row(image.image_id))]
     recorded = [row["numbers"] or {} for row in {row["batch"]: row for row in rows}.values()]
     if not recorded:
-        return {}
+        return {}, 0
     try:
         known: dict[str, list[float]] = defaultdict(list)
         for key, value in (item for numbers in recorded for item in numbers.items()):
             known[key].append(float(value))
-        return {key: statistics.median(values) for key, values in known.items()}
+        return {key: statistics.median(values) for key, values in known.items()}, len(rows)
     except (TypeError, ValueError) as error:
         raise ArtifactError(
             f"{folder.manifest}: the recorded numbers were changed ({error})", f"remove {folder.path}"
@@ -281,7 +284,7 @@ def _costs(job: Job) -> dict[str, float]:
 
 
 def _contact_sheet(plan: Plan, shown: Sequence[Evaluated], ui: Console) -> Path | None:
-    """The same prompts in columns, the runs in rows, one sheet a benchmark; the first run's."""
+    """Write the first benchmark's pictures, prompts in columns and runs in rows; return the file."""
     columns = plan.first.contact_sheet
     same = [item for item in shown if item.error is None and item.job.cfg.benchmark == shown[0].job.cfg.benchmark]
     if not columns or not same:

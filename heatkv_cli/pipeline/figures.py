@@ -1,4 +1,4 @@
-"""What a calibration looks like: the curve that HACK cuts heads by, and the map HeatKV ranks them by."""
+"""Pictures of a calibration: the curve by which HACK cuts heads, and the map by which HeatKV ranks them."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from heatkv_cli.models.weights import WeightFile, asset, damage, lacking, places
 from heatkv_cli.results import hub_cache
 
 PRESENT, MISSING, CORRUPT = "present", "missing", "corrupt"
-INSTALL = "pip install 'heatkv[hub]'"
 
 
 def inventory(runs: Sequence[RunConfig], ui: Console, deep: bool = False) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def inventory(runs: Sequence[RunConfig], ui: Console, deep: bool = False) -> dic
 
     Args:
         runs: one run a model.
-        ui: where the table goes.
+        ui: console that shows the table.
         deep: compare digests as well, which reads everything.
 
     Returns:
@@ -95,8 +93,7 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
         `files`: path in the repository, where it goes, bytes; `bytes`: their sum; `revisions`: repository -> commit.
 
     Raises:
-        SetupError: huggingface_hub is not installed, the hub cannot be reached, or the disk is too small; names the
-            addresses for fetching by hand.
+        SetupError: the hub cannot be reached, or the disk is too small; names the addresses for fetching by hand.
     """
     model, target = run.model.name, run.weights or hub_cache()
     states = {file.name: record(run, file, deep=False)["state"] for file in run.model.weights.files}
@@ -104,8 +101,6 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
     if not wanted:
         ui.say(f"model {model}: nothing to fetch, all files are there")
         return {"model": model, "files": [], "bytes": 0, "revisions": {}}
-    if not dry_run:
-        hub()  # told before anything is asked of it
     commits, sizes = ({}, {}) if dry_run else _ask(model, wanted, target)
     plan = [
         {"repository": file.repository, "path": path, "bytes": sizes.get((file.repository, path))}
@@ -113,7 +108,12 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
         for path in file.hub_files
     ]
     total = sum(file.bytes or 0 for file in wanted) if dry_run else sum(size or 0 for size in sizes.values())
-    ui.table(("file", "licence", "from"), [[file.name, file.licence, url] for file in wanted for url in file.urls])
+    rows = [
+        [file.name, size_text(file.bytes) if file.bytes and number == 0 else "", file.licence, url]
+        for file in wanted
+        for number, url in enumerate(file.urls)
+    ]
+    ui.table(("file", "size", "licence", "from"), rows)
     ui.say(f"model {model}: {size_text(total)} to {target}")
     if not dry_run:
         _check_disk(total, target, "name another folder with --weights DIR")
@@ -123,13 +123,7 @@ def download(run: RunConfig, ui: Console, dry_run: bool = False) -> dict[str, An
 
 
 def hub() -> Any:
-    """The package huggingface_hub: the one place where it is met.
-
-    Raises:
-        SetupError: it is not installed.
-    """
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise SetupError("heatkv download needs the package huggingface_hub, which is not installed", INSTALL)
+    """The package huggingface_hub, imported on the first download."""
     return importlib.import_module("huggingface_hub")
 
 
@@ -158,8 +152,6 @@ def _ask(
 
 def _failures() -> tuple[type[Exception], ...]:
     """What the hub raises when it cannot be reached or refuses: its HTTP library's errors are not all OSErrors."""
-    if importlib.util.find_spec("huggingface_hub") is None:
-        return (OSError,)
     http = getattr(importlib.import_module("huggingface_hub.errors"), "HTTPError", OSError)
     return (OSError, http)
 
@@ -223,11 +215,11 @@ def _by_hand(files: Sequence[WeightFile]) -> Iterator[str]:
 def download_benchmark(run: RunConfig, ui: Console, dry_run: bool = False, images: bool = False) -> dict[str, Any]:
     """Fetch the prompt list of the run's benchmark to where its YAML looks for it, then read it.
 
-    What is there already is not fetched again, and never replaced.
+    Files that are there are not fetched again, and never replaced.
 
     Args:
         run: its benchmark is meant.
-        ui: for what is planned.
+        ui: console that shows what is planned.
         dry_run: ask nobody, fetch nothing; sizes are those of the YAML.
         images: also the images that the benchmark is compared with.
 
@@ -253,8 +245,6 @@ def download_benchmark(run: RunConfig, ui: Console, dry_run: bool = False, image
             )
         ui.say(f"{label}: nothing to fetch, {len(benchmark.load())} prompts are there")
         return {"benchmark": benchmark.name, "files": [], "bytes": 0, "revisions": {}}
-    if not dry_run:
-        hub()
     if dry_run:
         total, revisions = source.bytes * (set(wanted) != {source.images}), {}
         total += source.images_bytes * (source.images in wanted)
@@ -286,7 +276,7 @@ def _places_of(benchmark: Benchmark, source: OnHub, images: bool) -> dict[str, P
 
 
 def _ask_dataset(label: str, source: OnHub, wanted: dict[str, Path]) -> tuple[int, str]:
-    """The exact size of what is wanted, and the commit it is of."""
+    """Return the exact size of what is wanted, and the commit it is of."""
     try:
         info = hub().HfApi().dataset_info(source.dataset, revision=source.revision, files_metadata=True)
     except _failures() as error:

@@ -21,7 +21,7 @@ from heatkv_cli.results import RunFolder
 def run(plan: Plan, ui: Console) -> dict[str, Any]:
     """Make the images of every run of the plan; in a sweep, what cannot exist or fails is left out, and told.
 
-    Where the benchmark has a scorer of its own, the images are also laid out as that reads them (`benchmarks.trees`).
+    For a benchmark with a scorer of its own, images are also laid out as that scorer reads them (`benchmarks.trees`).
 
     Raises:
         HeatKVError: nothing that was asked for can exist, or the only run failed.
@@ -67,7 +67,7 @@ def tell_infeasible(point: Infeasible, ui: Console) -> None:
 
 
 def _checked_list(job: Job) -> Sequence[PromptItem]:
-    """The whole list of a benchmark with a tree of its own, which must fit into it; else nothing."""
+    """Return the whole list of a benchmark with a tree of its own, which must fit into it; else nothing."""
     if job.layout is None:
         return ()
     items = job.inputs.prompts.items
@@ -76,7 +76,7 @@ def _checked_list(job: Job) -> Sequence[PromptItem]:
 
 
 def _pictures(job: Job) -> list[Picture]:
-    """The images of a run that are there, as its benchmark's tree takes them; others are another shard's."""
+    """Return the images of a run that are there, as its benchmark's tree takes them; others are another shard's."""
     folder = RunFolder.reading(job.folder / FREE)
     rows = ((image, folder.row(image.image_id)) for image in job.shown)
     return [Picture(image.item, image.sample, folder.path / row["file"]) for image, row in rows if row is not None]

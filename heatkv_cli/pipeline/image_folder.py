@@ -105,8 +105,8 @@ def reference_of(path: Path, out: Path, ui: Console) -> Callable[[SetMetric], An
 
     Args:
         path: a folder, or an npz file with ``mu`` and ``sigma``.
-        out: of the command.
-        ui: for progress.
+        out: the command's folder.
+        ui: console that shows progress.
     """
     return partial(_reference, path, out, ui)
 

@@ -44,7 +44,7 @@ SCORE_FIELDS: Fields = {
 }
 """A line of a folder of scores; numbers that are not finite are texts."""
 FEATURE_FIELDS: Fields = {"image_id": str, "key": str, "block": str, "place": int, "status": str}
-"""A line of a folder of features: in which file, and in which row of it, an image's features are."""
+"""A line of a folder of features: the file, and the row of it, that holds an image's features."""
 _SIGNED = tuple(field for field in SCORE_FIELDS if field not in ("sha256_row", "status"))
 """Fields of a score that its digest covers: a row that somebody edited counts as not there."""
 _BLOCK_NAME = re.compile(r"[0-9a-f]{16}\.npy")
@@ -73,10 +73,10 @@ class Measured:
 
     Attributes:
         values: headline first; none where the metric was skipped or failed.
-        scores: of the images, for metrics that have them.
+        scores: scores of the images, for metrics that have them.
         status: ``ok``; ``partial``, some images could not be measured; ``skipped``, something is missing; ``failed``.
         reason: why it is not ok, with what to do.
-        weights_sha256: of the metric's network, '' where it has none.
+        weights_sha256: digest of the metric's network, '' where it has none.
         elsewhere: the only thing that lacks is images that other shards make.
     """
 
@@ -111,14 +111,14 @@ def measure(
     """Return the values of a metric; whatever it lacks is a status and a reason.
 
     Args:
-        metric: what to measure.
+        metric: the metric to measure.
         items: images in the order of their list.
-        folder: where scores and features of these images are kept.
-        ui: for progress.
+        folder: folder that keeps scores and features of these images.
+        ui: console that shows progress.
         baseline: scores of the run to compare with.
         reference: gives a set metric's reference its statistics.
-        shard: of this process.
-        bootstrap: how intervals are drawn.
+        shard: (i, n) of this process.
+        bootstrap: the run's way of drawing intervals.
         asked: number of images that were asked for; fewer make the values partial. None for those in `items`.
 
     Raises:
@@ -186,7 +186,7 @@ def _enough(metric: SetMetric, number: int, what: str) -> None:
 def _complete(
     metric: Metric, values: list[Value], scores: list[Score], errors: dict[str, str], digest: str
 ) -> Measured:
-    """Values with what they lack; none of them may be without images, or no number where the metric forbids it."""
+    """Return values with what they lack; each must have images, and be a number where the metric wants one."""
     for value in values:
         if not _is_number(metric, value.value) or value.n < 1:
             name = f"{metric.spec.name} {value.variant}".strip()
@@ -199,7 +199,7 @@ def _complete(
 
 
 def _of_all(measured: Measured, there: int, asked: int | None, shard: tuple[int, int]) -> Measured:
-    """A value over fewer images than were asked for is partial, and says so."""
+    """Return the outcome, partial where there are fewer images than were asked for."""
     if asked is None or there >= asked or measured.status not in ("ok", "partial"):
         return measured
     reason = f"{there} of {asked} images are there"
@@ -253,7 +253,7 @@ def _signature(row: Mapping[str, Any]) -> str:
 def _score_apart(
     metric: ImageMetric, samples: list[tuple[Item, Sample]], errors: dict[str, str]
 ) -> list[tuple[tuple[Item, Sample], Score]]:
-    """Scores of a batch; where an image spoils it, of each of the others."""
+    """Return the scores of a batch; where an image spoils it, those of each of the others."""
     try:
         scores = metric.score_batch([sample for _, sample in samples])
         for score in scores:
@@ -274,12 +274,12 @@ def _score_apart(
 
 
 def _is_number(metric: Metric, value: float) -> bool:
-    """Whether a value is a number: not NaN, and infinite only where the metric says so."""
+    """Return whether a value is a number: not NaN, and infinite only where the metric says so."""
     return math.isfinite(value) or (metric.INFINITE and not math.isnan(value))
 
 
 def _score(folder: RunFolder, item: Item) -> Score | None:
-    """The score of an image as it was written; None where there is none, or where it was changed since."""
+    """Return the score of an image as it was written; None where there is none, or where it was changed since."""
     row = folder.row(item.image_id)
     if row is None or row["key"] != item.key or row["sha256_row"] != _signature(row):
         return None
@@ -315,12 +315,12 @@ def statistics_of(
     """Return the statistics of the images, their features made or found.
 
     Args:
-        metric: whose statistics.
+        metric: the metric that the statistics are for.
         items: the images.
         place: folder of features, one below it per extractor.
-        ui: for progress.
-        errors: what could not be read is added here, by image.
-        shard: of this process.
+        ui: console that shows progress.
+        errors: reason of each image that could not be read; added to.
+        shard: (i, n) of this process.
     """
     extractor = metric.extractor
     place = place / f"{extractor.name}-{_attempt(extractor.digest)[:8]}"

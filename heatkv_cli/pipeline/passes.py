@@ -33,7 +33,7 @@ CHOSEN = "chosen_"
 """Before the name of a number that the method chose for itself (`window: auto`)."""
 
 CACHE_STAGES = ("policy", "attention", "observers", "pool")
-"""What a visit of the cache consists of: the stages whose share of the time every image records."""
+"""Parts of a visit of the cache: the stages whose share of the time every image records."""
 
 Batch = Sequence[ImageJob]
 
@@ -71,7 +71,7 @@ def run_pass(job: Job, kind: str, models: Models, ui: Console, reference: Job | 
         job: the run.
         kind: `free` or `layout`.
         models: the one that is loaded.
-        ui: for progress.
+        ui: console that shows progress.
         reference: the full run, whose codes `layout` copies.
     """
     if job.code == "differs":  # complete, and of another code: nothing is added to it
@@ -106,7 +106,7 @@ def run_forced(jobs: Sequence[Job], reference: Job, models: Models, ui: Console)
         jobs: runs with the same reference.
         reference: the full run.
         models: the one that is loaded.
-        ui: for progress.
+        ui: console that shows progress.
 
     Returns:
         The error of each run that failed, by its id; the others are complete.
@@ -191,7 +191,7 @@ class Made:
     """A batch that was made.
 
     Args:
-        trace: what it decided.
+        trace: the codes it drew, with their logits.
         numbers: bytes, tokens and seconds, the same for each of its images.
         common: fields of the manifest's lines that its images share.
     """
@@ -310,7 +310,7 @@ def memory_errors(batch: int) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says that an allocation failed; on the CPU it has no class of its own for that."""
+    """Return whether torch says that an allocation failed; on the CPU it has no class of its own for that."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -330,7 +330,7 @@ def new_cache(job: Job, model: ImageModel, batch: int) -> KVCache:
 
 
 def _times(stages: dict[str, float], images: int) -> dict[str, float]:
-    """Seconds an image, and the share of each stage of the cache."""
+    """Return the seconds an image, and the share of each stage of the cache."""
     seconds = sum(stages.values())
     return {"seconds_per_image": seconds / images} | {f"{s}_share": stages.get(s, 0) / seconds for s in CACHE_STAGES}
 

@@ -1,4 +1,4 @@
-"""What eval says of its runs: rows of results.csv, lines, tables and the JSON summary.
+"""The output of eval: rows of results.csv, lines, tables and the JSON summary.
 
 One table per model and benchmark. A table shows every axis that varies, so that no two of its rows look alike.
 """
@@ -22,7 +22,7 @@ from heatkv_cli.pipeline.measure import Measured, metric_rows
 from heatkv_cli.pipeline.passes import CHOSEN
 from heatkv_cli.planning.job import FORCED, Infeasible, metrics_of
 from heatkv_cli.results import (
-    Fields,
+    SCORE_FIELDS,
     encode_lines,
     environment,
     locked,
@@ -36,15 +36,6 @@ from heatkv_cli.results import (
 if TYPE_CHECKING:
     from heatkv_cli.pipeline.evaluate import Evaluated
 
-SCORE_FIELDS: Fields = {
-    "image_id": str,
-    "metric": str,
-    "value": float | str,
-    "stratum": str,
-    "note": str,
-}
-"""A line of a run's `scores.jsonl`: one image's number of one metric; infinities are texts."""
-
 COSTS = ("beta_live", "beta_alloc", "beta_work", "beta_meta", "attended_tokens", "attended_ratio", "seconds_per_image")
 """Columns about bytes, tokens and seconds, the same in all rows of a run."""
 
@@ -56,8 +47,8 @@ class Table:
     """The rows of one command: written to results.csv as they become known.
 
     Args:
-        plan: of the command.
-        path: of results.csv.
+        plan: the command's plan.
+        path: path of results.csv.
         infeasible: points that cannot exist.
     """
 
@@ -104,14 +95,19 @@ class Table:
 
     def costs(self, item: Evaluated) -> None:
         """Write the rows about a run's time, where it is known."""
+        asked = len(item.job.shown)
+        whole = (
+            {} if item.made == asked else {"status": "partial", "reason": f"{item.made} of {asked} images are there"}
+        )
         rows = [
             {
                 **self._common(item),
+                **whole,
                 "metric": f"{stage}_share",
                 "metric_version": "1",
                 "variant": "",
                 "value": item.costs[f"{stage}_share"],
-                "n": len(item.job.shown),
+                "n": item.made,
                 "unit": "fraction of the time",
                 "higher_is_better": False,
             }
@@ -121,7 +117,7 @@ class Table:
         upsert_results(self.path, rows)
 
     def _common(self, item: Evaluated) -> dict[str, Any]:
-        """What every row of a run says."""
+        """Return the cells that every row of a run has."""
         job, cfg = item.job, item.job.cfg
         chosen = {key.removeprefix(CHOSEN): value for key, value in item.costs.items() if key.startswith(CHOSEN)}
         bootstrap = cfg.bootstrap
@@ -158,7 +154,7 @@ def _config(item: Evaluated | Infeasible) -> RunConfig:
 
 
 def _about(cfg: RunConfig, plan: Plan) -> dict[str, Any]:
-    """What every row of a run says about its config, the code and the command."""
+    """Return the cells about config, code and command that every row of a run has."""
     facts = environment()
     return {
         "created_utc": utc_now(),
@@ -185,7 +181,7 @@ def _about(cfg: RunConfig, plan: Plan) -> dict[str, Any]:
 
 
 def _write_scores(item: Evaluated) -> None:
-    """The number of every image, for paired comparisons between any two runs; what earlier commands wrote stays."""
+    """Write the number of every image, for paired comparisons of any two runs; lines of earlier commands stay."""
     image_ids = {(image.item.id, image.sample): image.image_id for image in item.job.images}
     rows = {
         (image_ids[score.prompt_id, score.index], metric): {
@@ -241,7 +237,7 @@ def axes(runs: Sequence[RunConfig]) -> dict[str, list[str]]:
 
 
 def _flat(run: RunConfig) -> dict[str, Any]:
-    """What a user may sweep, but for method, model and benchmark themselves; method parameters only where changed."""
+    """Return what a user may sweep beside method, model and benchmark; method parameters only where changed."""
     usual = read_yaml("method", run.method.name) if run.method.target.startswith("heatkv_cli.") else {}
     changed = {key: value for key, value in run.method.params.items() if usual.get(key) != value}
     values = {
@@ -264,7 +260,7 @@ def _flat(run: RunConfig) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    """One value where all scales have the same."""
+    """Return one value where all scales have the same."""
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
@@ -318,7 +314,7 @@ def _number(costs: Mapping[str, float], key: str, form: str) -> str:
 
 
 def _judged(item: Evaluated, name: str, limited: bool) -> str:
-    """A cell; a score of a named benchmark over a part of its images says so."""
+    """Return a cell; it says when a score of a named benchmark is over a part of its images."""
     text = cell(item.measured.get(name))
     asked, total = len(item.job.shown), len(item.job.inputs.prompts) * item.job.inputs.samples
     if limited and asked < total and text and item.job.metrics[name].spec.kind == "prompt":
@@ -353,6 +349,11 @@ def summary(item: Evaluated) -> dict[str, Any]:
         "parameters": dict(cfg.method.params),
         "budget": cfg.budget.slug,
         "seed": cfg.seed,
+        "seed_mode": cfg.seed_mode,
+        "dtype": cfg.model.dtype,
+        "preset": cfg.model.preset,
+        "model_parameters": dict(cfg.model.params),
+        "benchmark_parameters": dict(cfg.benchmark.params),
         "sampling": asdict(cfg.model.sampling),
         "runtime": cfg.runtime.identity(),
         "asked": len(item.job.shown),

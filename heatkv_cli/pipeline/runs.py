@@ -1,4 +1,4 @@
-"""The runs below a folder: which there are, and which were made by other code than today's (`heatkv ls runs`)."""
+"""The runs below a folder, and whether other code than today's made them (`heatkv ls runs`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Made:
         path: its folder.
         created: when it was begun, UTC.
         images: pictures in it.
-        bytes: of all its files.
+        bytes: size of all its files.
         stale: whether other code than today's made it, or its record cannot be read.
     """
 
@@ -39,7 +39,7 @@ def list_runs(out: Path, ui: Console, *, stale: bool, remove: bool) -> dict[str,
 
     Args:
         out: the folder that commands were given with --out.
-        ui: where the table goes.
+        ui: console that shows the table.
         stale: only runs of other code.
         remove: delete them.
 

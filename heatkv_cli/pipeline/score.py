@@ -33,7 +33,7 @@ _NUMBERED = re.compile(r"(.+?)(?:-|/samples/|/)(\d+)")
 
 @dataclass(frozen=True)
 class Sources:
-    """What to score.
+    """Images to score, and what they are compared with.
 
     Attributes:
         images: folder of images.
@@ -148,7 +148,7 @@ def _reference(metric: Metric, sources: Sources, out: Path, ui: Console) -> Any:
 
 
 def _others(files: Mapping[str, Path], sources: Sources) -> dict[str, Path]:
-    """The images to compare with, by name.
+    """Return the images to compare with, by name.
 
     Raises:
         ArtifactError: none has the name of an image.
@@ -166,7 +166,7 @@ def _others(files: Mapping[str, Path], sources: Sources) -> dict[str, Path]:
 
 
 def items_of(files: Mapping[str, Path], others: Mapping[str, Path], prompts: PromptSet | None) -> list[Item]:
-    """The images with their prompts, and the references of the same names.
+    """Return the images with their prompts, and the references of the same names.
 
     Raises:
         ArtifactError: an image has no prompt.
@@ -216,7 +216,7 @@ def _prompt_of(image_id: str, known: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _lacking(measured: Measured, missing: list[str], what: str) -> Measured:
-    """A value over fewer images than there are prompts or references is not whole, and says so."""
+    """Return the outcome, partial where there are fewer images than prompts or references."""
     if not missing or measured.status not in ("ok", "partial"):
         return measured
     reason = f"{len(missing)} {what} have no image, the first: {missing[0]}"
@@ -225,7 +225,7 @@ def _lacking(measured: Measured, missing: list[str], what: str) -> Measured:
 
 
 def _common(plan: Plan, run_id: str, prompts: PromptSet | None, sources: Sources, metric: Metric) -> dict[str, Any]:
-    """The columns that all rows of a metric share; those about a model stay empty."""
+    """Return the columns that all rows of a metric share; those about a model stay empty."""
     facts, bootstrap = environment(), plan.first.bootstrap
     reference = metric.reference if isinstance(metric, SetMetric) else None
     if _compares(metric):
@@ -247,7 +247,7 @@ def _common(plan: Plan, run_id: str, prompts: PromptSet | None, sources: Sources
 
 
 def command_line(plan: Plan, sources: Sources) -> str:
-    """The command that makes these rows again."""
+    """Return the command that makes these rows again."""
     options = {"--images": sources.images, "--reference": sources.reference, "--prompts": sources.prompts}
     words = [word for option, path in options.items() if path is not None for word in (option, str(path))]
     return f"{plan.command_line} {shlex.join(words)}"

@@ -28,8 +28,8 @@ class BytePlan:
 
     Args:
         model: weights and activations.
-        cache: of the run's method at its budget, one row.
-        full: of the full cache, one row, without a transient.
+        cache: bytes of the run's method at its budget, one row.
+        full: bytes of the full cache, one row, without a transient.
         rows: batch rows of one image, guidance rows included.
         exact: whether `cache` is what the ledger will show; else its pool is the most the budget allows, and its
             transient that of heads with equally many tokens.
@@ -47,15 +47,15 @@ class BytePlan:
         return sum(self.model.weights.values())
 
     def kv(self, batch: int) -> int:
-        """The pool, by the ledger's `alloc_bytes`."""
+        """Return the pool, by the ledger's `alloc_bytes`."""
         return batch * self.rows * self.cache.alloc
 
     def kv_work(self, batch: int) -> int:
-        """The pool and what a visit holds beside it, by the ledger's `work_peak` (without index tables of a CPU)."""
+        """Return the pool and what a visit holds beside it: `work_peak` without a CPU's index tables."""
         return batch * self.rows * self.cache.work
 
     def transient(self, batch: int) -> int:
-        """The most beside weights and pool while codes are drawn: FFN or attention, whichever holds more."""
+        """Return the most beside weights and pool while codes are drawn: FFN or attention, whichever holds more."""
         inside = self.model.attending.of(batch) + batch * self.rows * self.cache.beside
         return max(self.model.blocks.of(batch), inside)
 
@@ -72,7 +72,7 @@ class BytePlan:
         return max(self.phases(batch).values())
 
     def largest_batch(self, memory: int) -> int:
-        """The largest batch whose peak is at most `memory` bytes; 0 where not even one image fits."""
+        """Return the largest batch whose peak is at most `memory` bytes; 0 where not even one image fits."""
         if self.total(1) > memory:
             return 0
         low, high = 1, 2
@@ -139,10 +139,10 @@ def _footprint(shape: _Shape) -> Footprint:
 
 
 def _cache(cfg: RunConfig, geometry: Geometry, resolver: Resolver) -> tuple[CacheBytes, bool]:
-    """Bytes of the cache, and whether they are exact.
+    """Return the bytes of the cache, and whether they are exact.
 
-    How many atoms HeatKV removes, or how many tokens a method has, follows from the budget alone; which ones decides
-    little about bytes. Without a calibration at hand a stand-in serves.
+    The number of atoms that HeatKV removes, or of tokens that a method has, follows from the budget; their choice
+    decides little about bytes. Without a calibration at hand a stand-in serves.
     """
     setting, known = setting_before(cfg, resolver)
     policy = cfg.method.object.policy(setting)

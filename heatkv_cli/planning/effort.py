@@ -1,4 +1,4 @@
-"""How long a large model would take on this CPU: a warning before the first image, not a measurement."""
+"""The time that a large model would take on this CPU: a warning before the first image, not a measurement."""
 
 from __future__ import annotations
 

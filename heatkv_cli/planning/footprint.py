@@ -1,4 +1,4 @@
-"""What a generation holds in memory, found by running the very code without memory.
+"""The bytes that a generation holds, found by running the very code without memory.
 
 Model and cache run on PyTorch's meta device while a counter follows every storage from its birth to its end. So no
 formula repeats what the code does: a plan is right after the next change as well. Attention itself is skipped: its
@@ -92,7 +92,7 @@ class Growing:
     each: int
 
     def of(self, batch: int) -> int:
-        """Bytes of a batch."""
+        """Return the bytes of a batch."""
         return self.fixed + batch * self.each
 
     @classmethod
@@ -103,13 +103,13 @@ class Growing:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model holds beside the cache.
+    """Bytes that a model holds beside the cache.
 
     Args:
         weights: bytes of each network.
         encoder: bytes of the text encoder, which is freed before the first image.
         blocks: the most that is alive outside of attention.
-        attending: what is alive when attention begins, at its most, but for the current keys and values.
+        attending: the most that is alive when attention begins, without the current keys and values.
         decode: the most that is alive while latents become pixels.
     """
 
@@ -125,8 +125,8 @@ def footprint(make: Callable[[Geometry], Sketch], geometry: Geometry, sampling: 
 
     Args:
         make: geometry -> sketch.
-        geometry: of the model; only its first and its last two scales are run: the last one has the peak, and the loop
-            still holds what the one before has left.
+        geometry: shape of the model's cache; only its first and its last two scales are run: the last one has the
+            peak, and the loop still holds what the one before has left.
         sampling: whether there are guidance rows.
         on_host: count what the host holds beside the model too: the model will run on a CPU.
     """

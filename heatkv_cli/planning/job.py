@@ -43,7 +43,7 @@ class ImageJob:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: shapes, prompts and files.
+    """Everything a run reads: shapes, prompts and files.
 
     Args:
         geometry: shape of the model's cache.
@@ -66,8 +66,8 @@ class Job:
 
     Args:
         cfg: the config it was resolved from.
-        inputs: what it reads.
-        setting: what its method works with, calibration and plan included; for one row.
+        inputs: prompts, files and shapes that it reads.
+        setting: everything its method works with, calibration and plan included; for one row.
         digest: sha256 of everything that can change an image; names the folder.
         alike: the same without the code that makes the images.
         images: whole batches, so that the files are the same whatever the limit; the first `asked` are asked for.
@@ -167,7 +167,7 @@ class Infeasible:
 
     @property
     def report(self) -> dict[str, str]:
-        """What --json says of it."""
+        """Its entry in the document of --json."""
         return {"method": self.cfg.method.name, "budget": self.cfg.budget.slug, "reason": self.error.message}
 
 

@@ -53,7 +53,7 @@ class Lacking:
 
 @dataclass
 class Ready:
-    """What was found.
+    """Findings of the preflight.
 
     Args:
         errors: whatever ends the command before it begins.
@@ -86,11 +86,13 @@ def preflight(plan: Plan, resolver: Resolver) -> Ready:
     """Look at everything a plan needs; nothing is written, and no model computes anything.
 
     Args:
-        plan: of the command.
+        plan: the command's plan.
         resolver: remembers what was read, for the run that follows.
     """
     ready = Ready()
     ready.errors += refuse_unused(plan.runs)
+    for run in _first_of_each(plan.runs, lambda run: str(run.weights)):
+        _gather(ready, _check_weights_folder, run)
     for run in _first_of_each(plan.runs, lambda run: str(run.runtime)):
         _gather(ready, check_device, run)
     for run in _first_of_each(plan.runs, lambda run: config_hash(run.model.identity())):
@@ -104,6 +106,13 @@ def preflight(plan: Plan, resolver: Resolver) -> Ready:
 
 def _first_of_each(runs: Sequence[RunConfig], key: Callable[[RunConfig], str]) -> list[RunConfig]:
     return list({key(run): run for run in reversed(runs)}.values())[::-1]
+
+
+def _check_weights_folder(run: RunConfig) -> None:
+    """A folder that was named is there, though bundled models and metrics without files do not look into it."""
+    folder = run.weights_folder
+    if folder is not None and not folder.is_dir():
+        raise SetupError(f"weights={folder} is not a folder", "make it, or leave --weights and HEATKV_WEIGHTS_DIR away")
 
 
 def _gather(ready: Ready, action: Callable[..., T], *args: Any) -> T | None:
@@ -224,7 +233,7 @@ def _check_output(plan: Plan, ready: Ready) -> None:
     """A folder that can be written, with room, and files that are ours."""
     out = plan.first.out.absolute()
     existing = out
-    while not existing.exists() and existing != existing.parent:
+    while not os.path.lexists(existing) and existing != existing.parent:  # a link to nothing is there, and no folder
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         ready.errors.append(SetupError(f"cannot write to {out}", "choose another folder with --out DIR"))

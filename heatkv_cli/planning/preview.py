@@ -67,7 +67,7 @@ def _exit_code(ready: Ready) -> int:
 
 
 def _byte_plans(plan: Plan, ready: Ready, resolver: Resolver) -> list[BytePlan | Infeasible | None]:
-    """A plan for each run, or why it cannot exist; runs that differ in nothing but prompts share one."""
+    """Return a plan for each run, or why it cannot exist; runs that differ in nothing but prompts share one."""
     if plan.command == "calibrate":
         return [None] * len(plan.runs)
     found: dict[str, BytePlan | Infeasible | None] = {}
@@ -105,7 +105,7 @@ def _batches(run: RunConfig) -> tuple[int, ...]:
 
 
 def _first_of(plan: Plan, group: str) -> list[RunConfig]:
-    """The first run of each model, or benchmark, of a sweep."""
+    """Return the first run of each model, or benchmark, of a sweep."""
     return list({getattr(run, group).name: run for run in reversed(plan.runs)}.values())[::-1]
 
 
@@ -161,7 +161,8 @@ def kv_bytes(run: RunConfig) -> tuple[int, int]:
 
 def _headline(plan: Plan) -> str:
     models = ", ".join(f"{run.model.name} at {run.model.shape_label}" for run in _first_of(plan, "model"))
-    benchmarks = ", ".join(run.benchmark.name for run in _first_of(plan, "benchmark"))
+    group = "calibration_prompts" if plan.command == "calibrate" else "benchmark"
+    benchmarks = ", ".join(getattr(run, group).name for run in _first_of(plan, group))
     where = f"{models}, {benchmarks}, batches of {plan.first.runtime.batch_size} on {plan.first.runtime.torch_device}"
     name = plan.experiment.title or plan.experiment.name if plan.experiment else plan.command
     return f"{name}: {where} ({len(plan.runs)} {'run' if len(plan.runs) == 1 else 'runs'})"

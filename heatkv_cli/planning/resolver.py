@@ -75,8 +75,7 @@ class Resolver:
 
     def needs_calibration(self, cfg: RunConfig) -> bool:
         """Return whether the run reads a calibration: its method does, and nothing else was given in its place."""
-        method: Method = cfg.method.object
-        return method.calibrated and (method.plan_type is None or (cfg.orders is None and cfg.schedule is None))
+        return reads_calibration(cfg)
 
     def calibration_home(self, cfg: RunConfig) -> tuple[Path, str]:
         """Return the file of a run's calibration, there or not, and the digest of what it is made from."""
@@ -91,7 +90,7 @@ class Resolver:
         return cfg.out / "calibration" / f"{cfg.model.name}-{digest[:8]}" / CALIBRATION, digest
 
     def calibration(self, cfg: RunConfig) -> Calibration | None:
-        """Return a run's calibration: the one it names, else the one made before; None where it is still to be made.
+        """Return a run's calibration: the one it names, else the one made before; None where there is none yet.
 
         Raises:
             ArtifactError: damaged, changed since it was made, or of another model or other weights.
@@ -132,8 +131,8 @@ class Resolver:
         """Return what a run's method works with, for one row; the plan is read where the run names one.
 
         Args:
-            cfg: of the run.
-            calibration: for methods that read one.
+            cfg: the run's config.
+            calibration: the model's, for methods that read one.
 
         Raises:
             ArtifactError: the plan is damaged, or made for another model, method or budget.
@@ -226,7 +225,7 @@ def _given_plan(cfg: RunConfig, setting: Setting, plan_type: type[Plan]) -> Plan
 
 
 def _holds(path: Path, plan: Plan) -> bool:
-    """Whether a file is this very plan; a damaged one is not, and is written again."""
+    """Return whether a file is this very plan; a damaged one is not, and is written again."""
     try:
         return path.exists() and type(plan).load(path).sha256 == plan.sha256
     except ArtifactError:
@@ -261,7 +260,7 @@ def earlier(job: Job) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _complete(job: Job, folder: Path) -> bool:
-    """Whether a run's folder holds every image of every pass that is asked for."""
+    """Return whether a run's folder holds every image of every pass that is asked for."""
     for kind in passes_of(job):
         if not (folder / kind).is_dir():
             return False
@@ -271,19 +270,31 @@ def _complete(job: Job, folder: Path) -> bool:
     return True
 
 
+def reads_calibration(cfg: RunConfig) -> bool:
+    """Return whether a run's method reads a calibration, and nothing else was given in its place."""
+    method: Method = cfg.method.object
+    return method.calibrated and (method.plan_type is None or (cfg.orders is None and cfg.schedule is None))
+
+
 def refuse_unused(runs: Sequence[RunConfig]) -> list[ConfigError]:
     """Return an error for each artifact that was named and that no run of a plan would read."""
     takes = {
-        "schedule": lambda method: method.plan_type is not None,
-        "orders": lambda method: method.calibrated and method.plan_type is not None,
-        "calibration": lambda method: method.calibrated,
+        "schedule": lambda run: run.method.object.plan_type is not None,
+        "orders": lambda run: run.method.object.calibrated and run.method.object.plan_type and not run.schedule,
+        "calibration": reads_calibration,
     }
     errors = []
+    texts = [run.text for run in runs if run.text is not None]
+    if texts and not any(file.role == TEXT for run in runs for file in run.model.weights.files):
+        names = ", ".join(dict.fromkeys(run.model.name for run in runs))
+        errors.append(ConfigError(f"text={texts[0]} is not read by model {names}", "leave text away"))
     for key, reads in takes.items():
         path = next((getattr(run, key) for run in runs if getattr(run, key) is not None), None)
-        if path is not None and not any(reads(run.method.object) for run in runs):
+        if path is not None and not any(reads(run) for run in runs):
             names = ", ".join(dict.fromkeys(run.method.name for run in runs))
-            errors.append(ConfigError(f"{key}={path} is not read by method {names}", f"leave {key} away"))
+            others = [other for other in takes if other != key and any(getattr(run, other) for run in runs)]
+            beside = f" beside {' and '.join(others)}" if others else ""
+            errors.append(ConfigError(f"{key}={path} is not read by method {names}{beside}", f"leave {key} away"))
     return errors
 
 
@@ -300,7 +311,7 @@ def weight_file(cfg: RunConfig, file: WeightFile) -> Path:
 
 
 def _weights_sha256(files: Mapping[str, Path]) -> str:
-    """One digest for all files of a model, with a text encoder or with its features; `random` without files."""
+    """Return one digest for all files of a model, with a text encoder or with its features; `random` without files."""
     if not files:
         return "random"
     digests = {role: encoder_sha256(path) for role, path in files.items()}

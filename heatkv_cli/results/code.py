@@ -1,4 +1,4 @@
-"""Which code made a result: a digest of what Python code means, without its comments, docstrings and layout.
+"""The identity of code: a digest of what Python code means, without its comments, docstrings and layout.
 
 A run's hash holds the digest of the code that can change an image, so that an edited method never meets the images of
 the one before. Files are parsed, not imported: a digest costs no torch and runs nothing.
@@ -22,7 +22,7 @@ def code_sha256(files: Iterable[Path]) -> str:
     """Return one digest for some Python files.
 
     Args:
-        files: in any order; names below the package count, elsewhere the file's own name.
+        files: Python files in any order; below the package their path counts, elsewhere their name.
 
     Raises:
         ConfigError: a file cannot be read or parsed.
@@ -88,7 +88,7 @@ def _name(path: Path) -> str:
 
 @lru_cache(maxsize=512)
 def _meaning(path: Path, changed: int) -> str:
-    """Digest of one parsed file; `changed`: its time of change, so that a file edited meanwhile is read again."""
+    """Return the digest of a parsed file; `changed` is its time of change, so that an edited file is read again."""
     digest = hashlib.sha256()
     for word in _words(_parse(path)):
         digest.update(word.encode("utf-8", "surrogatepass"))
@@ -104,7 +104,7 @@ def _parse(path: Path) -> ast.Module:
 
 
 def _words(node: ast.AST) -> Iterator[str]:
-    """The tree as words: node types and their values. Empty fields say nothing, so versions of Python agree."""
+    """Yield the tree as words: node types and their values. Empty fields are left out, so versions of Python agree."""
     yield type(node).__name__
     for name, value in ast.iter_fields(node):
         if value is None or value == [] or name in ("type_comment", "kind", "type_ignores"):
@@ -129,7 +129,7 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 
 def _imported_beside(path: Path) -> Iterator[Path]:
-    """Files in the module's own folder that it imports, by `import x`, `from x import y` or `from . import x`."""
+    """Yield the module's imports from its own folder, by `import x`, `from x import y` or `from . import x`."""
     for node in ast.walk(_parse(path)):
         names: list[str] = []
         if isinstance(node, ast.Import):

@@ -61,14 +61,23 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def _open_own(path: str, flags: int) -> int:
+    """Open a file that is ours alone: no pipe, no device, and nothing that a link leads to."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(0, "not a regular file", path)
+    return descriptor
+
+
 def load_json(text: str | bytes) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: the text is not JSON, holds NaN or an infinity, or is nested too deeply.
+        ValueError: the text is not JSON in UTF-8, holds NaN or an infinity, or is nested too deeply.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text if isinstance(text, str) else text.decode(), parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -154,7 +163,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     import fcntl  # POSIX; imported here so that everything else runs without it
 
     try:
-        handle = path.open("a+", encoding="ascii", errors="replace")
+        handle = open(path, "a+b", buffering=0, opener=_open_own)  # noqa: SIM115 - closed below
     except OSError as error:
         raise SetupError(
             f"cannot write {path}: {error.strerror or error}", "choose another folder with --out DIR"
@@ -167,7 +176,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
                 break
             except BlockingIOError as error:
                 handle.seek(0)
-                owner = handle.read().strip() or "unknown"
+                owner = handle.read(20).decode("ascii", "replace").strip() or "unknown"
                 if not wait:
                     raise SetupError(
                         f"{path.parent} is being written by process {owner}",
@@ -177,9 +186,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
                 told = True
                 LOG.warning("warning: waiting for process %s, which holds %s", owner, path)
             time.sleep(0.05)
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+        with contextlib.suppress(OSError):  # a disk that is full: nobody can be told who holds the lock
+            handle.truncate(0)
+            handle.write(str(os.getpid()).encode())
         try:
             yield
         finally:

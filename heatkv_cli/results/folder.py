@@ -45,7 +45,7 @@ class RunFolder:
         path: the folder; made when missing.
         shard: (i, n) of this process; every shard of n > 1 has a manifest of its own, which the next unsharded
             process merges.
-        fields: of the manifest's lines.
+        fields: fields of the manifest's lines.
 
     Raises:
         SetupError: (on entering) the folder cannot be written, or another process does.
@@ -101,11 +101,11 @@ class RunFolder:
             remove_leftovers(folder)
         data = self._read(self.manifest) if self.manifest.exists() else b""
         end = whole_lines(data)
+        self._mine = self._load(self.manifest, data[:end])  # what is no manifest is refused before it is touched
         if not self.manifest.exists():
             self._rewrite()
         elif end < len(data):
             os.truncate(self.manifest, end)
-        self._mine = self._load(self.manifest, data[:end])
         for other in self._other_manifests():
             self._take(self._others, other)
         if not self._tag:
@@ -147,7 +147,7 @@ class RunFolder:
         write_file(self.manifest, encode_lines(self._mine.values(), self.fields))
 
     def _valid(self, row: Mapping[str, Any] | None) -> bool:
-        """Whether a row is of an image that was made, and its files are there with the right content."""
+        """Return whether a row is of an image that was made, and its files are there with the right content."""
         if row is None or row.get("status") not in (None, "", "ok"):
             return False
         for name, digest in FILE_FIELDS:
@@ -178,7 +178,7 @@ class RunFolder:
         return list({**self._others, **self._mine}.values())
 
     def done(self, image_ids: Iterable[str]) -> bool:
-        """Whether every image of a batch is done; a batch is the unit of resuming."""
+        """Return whether every image of a batch is done; a batch is the unit of resuming."""
         return all(self.row(image_id) is not None for image_id in image_ids)
 
     def append_batch(self, rows: Sequence[Row], files: Mapping[str, bytes]) -> None:

@@ -1,6 +1,6 @@
 """Large files that others made, weights above all: where the hub's cache has them, and what their digests are.
 
-The cache of huggingface_hub is read by its layout, without the package and without the network.
+The hub's cache is asked through huggingface_hub, never the network.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import hashlib
 import os
 import re
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from heatkv_cli.errors import SetupError
 from heatkv_cli.results.files import sha256_file, write_file
@@ -24,31 +26,38 @@ SETTLED_NS = 2 * 10**9
 
 
 def hub_cache() -> Path:
-    """Folder of the hub's cache, by the environment variables of huggingface_hub."""
-    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if os.environ.get(variable):
-            return Path(os.path.expanduser(os.environ[variable]))
-    home = os.environ.get("HF_HOME")
-    return (Path(os.path.expanduser(home)) if home else _user_cache() / "huggingface") / "hub"
+    """Return the folder of the hub's cache: HF_HUB_CACHE, else `hub` below HF_HOME, as huggingface_hub reads them."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
-def hub_snapshot(repository: str, revision: str | None = None) -> Path:
-    """Folder of a repository's files in the hub's cache; of no folder where they are not there.
+def hub_snapshot(repository: str, files: Sequence[str], revision: str | None = None) -> Path:
+    """Return the folder of a repository's files in the hub's cache; a folder that is not there where it has none.
 
     Args:
         repository: owner/name.
-        revision: None is main.
+        files: paths in the repository; the first that the cache has tells the folder.
+        revision: a branch, a tag or a commit; None is main.
     """
-    folder, revision = hub_cache() / f"models--{repository.replace('/', '--')}", revision or "main"
-    reference = folder / "refs" / revision
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    return folder / "snapshots" / commit
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+
+    with suppress(ValueError):  # a damaged reference names no snapshot
+        for name in files:
+            found = try_to_load_from_cache(repository, name, cache_dir=hub_cache(), revision=revision)
+            if isinstance(found, str):
+                return Path(found).parents[len(PurePosixPath(name).parts) - 1]
+    folder = repo_folder_name(repo_id=repository, repo_type="model")
+    return hub_cache() / folder / "snapshots" / (revision or "main")
 
 
 def sha256_known(path: Path) -> str:
-    """Digest of a file, read once as long as nothing writes to it; of a large one also by later processes.
+    """Return the digest of a file, which is read once until something writes to it.
 
-    What is remembered belongs to path, inode, size, and the times of the last change of content and of inode. The
+    A large file is read once for all processes.
+
+    A digest is remembered for path, inode, size, and the times of the last change of content and of inode. The
     latter cannot be set back, so a file that was replaced or written to is read again, whatever its date says. Only
     a disk that changes bytes by itself goes unnoticed: `heatkv models --deep` reads everything.
     """

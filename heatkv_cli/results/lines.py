@@ -39,6 +39,15 @@ MANIFEST_FIELDS: Fields = {
 }
 """A line of `manifest.jsonl`: one image of a pass. `numbers`: what the pass recorded for it (KL per bit, ...)."""
 
+SCORE_FIELDS: Fields = {
+    "image_id": str,
+    "metric": str,
+    "value": float | str,
+    "stratum": str,
+    "note": str,
+}
+"""A line of a run's `scores.jsonl`: one image's number of one metric; infinities are texts."""
+
 FILE_FIELDS: tuple[tuple[str, str], ...] = (("file", "sha256"), ("trace", "trace_sha256"))
 """Fields that name a file in the folder, each with the field of its sha256."""
 
@@ -79,9 +88,9 @@ def parse_lines(path: Path, data: bytes, fields: Fields) -> list[dict[str, Any]]
     """Return the rows of whole lines.
 
     Args:
-        path: where the lines are from, for messages.
+        path: file that the lines are from, for messages.
         data: whole lines.
-        fields: what a line must have.
+        fields: fields that a line must have.
 
     Raises:
         ArtifactError: a line is not a JSON object, or has other fields or types; names the line.

@@ -1,4 +1,4 @@
-"""`meta.json`: what a folder holds, from which configuration, by which command and code; written before the work."""
+"""`meta.json`: content, configuration, command and code of a folder; written before the work."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def write_meta(folder: Path, *, config_hash: str, config: Mapping[str, Any], **f
     A folder that is resumed keeps the time it was created and gets one more entry under `starts`.
 
     Args:
-        folder: of the run or artifact.
-        config_hash: of everything that can change the result; 64 hex digits.
+        folder: folder of the run or artifact.
+        config_hash: digest of everything that can change the result; 64 hex digits.
         config: the resolved configuration, plain.
         **fields: digests and whatever else should be on record.
 

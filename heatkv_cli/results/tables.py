@@ -84,7 +84,7 @@ RESULT_KEY = (
     "reference",
     "asked",
 )
-"""What a row is known by: the images (`run_id`, `asked`) and all that makes a number of them."""
+"""Columns that tell rows apart: the images (`run_id`, `asked`) and all that makes a number of them."""
 
 EMPTY = ("skipped", "failed", "infeasible")
 """Statuses of rows that have a reason in place of a value."""
@@ -202,7 +202,7 @@ def read_results(path: Path) -> tuple[list[str], dict[tuple[str, ...], dict[str,
 
 
 def _is_empty(row: Mapping[str, str]) -> bool:
-    """Whether a row says why there is no number; the number, or another reason, takes its place."""
+    """Return whether a row says why there is no number; the number, or another reason, takes its place."""
     return row.get("value", "") == "" and row.get("status") in EMPTY
 
 

@@ -25,11 +25,19 @@ Row = dict[str, str]
 RUNS = [("full", "1"), ("heatkv", "0.2"), ("heatkv", "0.1")]
 FAST = ["runtime.threads=1", "warmup=0"]
 SMALL_2B = [
-    "model=infinity-2b", "weights=random", "resolution=0.06M", "model.num_layers=4", "model.num_heads=4",
-    "model.head_dim=16", "model.params.width=64", "model.params.block_chunks=2",
-    "model.params.text_channels=256", "model.params.text_length=32", "model.params.tokenizer.base_channels=32",
+    "model=infinity-2b",
+    "weights=random",
+    "resolution=0.06M",
+    "model.num_layers=4",
+    "model.num_heads=4",
+    "model.head_dim=16",
+    "model.params.width=64",
+    "model.params.block_chunks=2",
+    "model.params.text_channels=256",
+    "model.params.text_length=32",
+    "model.params.tokenizer.base_channels=32",
     "model.params.tokenizer.multipliers=[1,1]",
-]  # fmt: skip
+]
 
 
 def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:

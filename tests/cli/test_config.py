@@ -298,7 +298,7 @@ def test_only_plain_values_have_a_hash(value: Any) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["limit=3", "limit=all", "shard=1/4", "out=x", "weights=y", "runtime.threads=1", "runtime.device_index=1"]
+    ["limit=3", "limit=all", "shard=1/4", "out=x", "weights=.", "runtime.threads=1", "runtime.device_index=1"]
     + ["metric=kl", "contact_sheet=0", "budget=1/10", "calibration_prompts=shapes-calibration-b", "orders=z.json"],
 )
 def test_what_cannot_change_an_image_is_not_in_the_hash(override: str) -> None:

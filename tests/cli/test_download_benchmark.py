@@ -114,8 +114,6 @@ def test_dry_run_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
 def test_no_connection_is_one_error_with_the_addresses(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: Capture, failing: str
 ) -> None:
-    pytest.importorskip("huggingface_hub")
-
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError("offline mode is enabled")
 

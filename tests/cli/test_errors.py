@@ -102,6 +102,100 @@ def test_configuration(arguments: list[str], expected: list[str], capsys: Captur
     check(capsys, ["eval", *arguments], 2, *expected)
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_methods_and_metrics_are_built_before_any_work(more: list[str], tmp_path: Path, capsys: Capture) -> None:
+    arguments = ["method=snapkv", "method.window=x", "method.obs=middle", "seed=y", "metric.psnr.data_range=wide"]
+    said = check(capsys, ["eval", *arguments, "--out", str(tmp_path / "out"), *more], 2)
+    for words in ("method.window is 'x'", "method.obs is 'middle'", "seed is 'y'", "metric.psnr.data_range is 'wide'"):
+        assert words in said
+    assert said.count("error: ") == 4
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("method=cake method.gamma=inf", "method.gamma is inf"),
+        ("metric=psnr metric.psnr.data_range=inf", "metric.psnr.data_range is inf"),
+        ("metric=psnr metric.psnr.data_range=0", "metric.psnr.data_range is 0"),
+        ("metric=ssim metric.ssim.batch_size=-1", "metric.ssim.batch_size is -1"),
+        ("bootstrap.resamples=0", "bootstrap.resamples is 0"),
+        ("bootstrap.confidence=2", "bootstrap.confidence is 2"),
+        ("bootstrap.seed=-1", "bootstrap.seed is -1"),
+        ("model.params.width=nan", "model.params.width is nan"),
+        ("model.params.tokenizer.nosuch=3", "unknown key 'model.params.tokenizer.nosuch'"),
+        ("model.params.tokenizer.bits=abc", "model.params.tokenizer.bits"),
+        ("model.params.tokenizer=null", "is a group of keys"),
+        ("metric=kl metric.kl=1", "kl has no parameters"),
+        ("model.sampling.cfg=1e39", "model.sampling.cfg is 1e+39"),
+        ("model.num_layers=1000000", "model.num_layers is 1000000"),
+        ("memory=1e999GB", "memory is '1e999GB'"),
+        ("seed_mode=paper runtime.batch_size=1 seed=18446744073709551616", "seed is 18446744073709551616"),
+        ("runtime.threads=2147483648", "runtime.threads is 2147483648"),
+        ("runtime.threads=1000000000", "runtime.threads is 1000000000"),
+        ("seed=range(0,3,0)", "must not be zero"),
+        *((f"{key}={'9' * 5000}", key) for key in ("limit", "budget", "rho", "seed", "memory", "contact_sheet")),
+        (f"shard=0/{'9' * 5000}", "shard"),
+        ("~nosuch", "keys can be set"),
+        *((f"{key}={'a' * 300}", "too long") for key in ("schedule", "calibration", "orders")),
+        (f"benchmark=prompts benchmark.file={'a' * 300}", "too long"),
+        ("model=infinity-2b model.resolutions=os._exit model.aspect_ratio=7", "'model.resolutions' cannot be set"),
+        ("model.params._target_=os._exit", "unknown key 'model.params._target_'"),
+        ("method.target=os._exit", "unknown key 'method.target'"),
+        ("method=HeatKV", "did you mean 'heatkv'?"),
+        ("model.dtype=bfloat16", "a bundled model computes in float32"),
+        ("model=infinity-2b benchmark=shapes", "means nothing"),
+    ],
+    ids=lambda text: text[:60],
+)
+def test_values_that_no_run_can_have(arguments: str, expected: str, capsys: Capture) -> None:
+    code = 3 if "benchmark.file" in arguments else 2
+    said = check(capsys, ["eval", "--dry-run", *arguments.split()], code, expected)
+    assert max(map(len, said.splitlines())) < 1500  # a value of 5,000 digits is cut
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        ("method=snapkv schedule=/nonexistent", 2, "schedule=/nonexistent is not read by method snapkv"),
+        ("method=snapkv calibration=/nonexistent", 2, "calibration=/nonexistent is not read"),
+        ("method=snapkv orders=/nonexistent", 2, "orders=/nonexistent is not read"),
+        ("method=random orders=/nonexistent", 2, "orders=/nonexistent is not read by method random"),
+        ("method=heatkv orders=/a schedule=/b", 2, "orders=/a is not read by method heatkv beside schedule"),
+        ("method=heatkv calibration=/a orders=/b", 2, "calibration=/a is not read by method heatkv beside orders"),
+        ("method=heatkv text=/nonexistent", 2, "text=/nonexistent is not read by model tiny"),
+        ("method=snapkv weights=/nonexistent", 3, "weights=/nonexistent is not a folder"),
+        ("method=heatkv schedule=/nonexistent", 4, "/nonexistent"),
+        ("method=heatkv orders=/nonexistent", 4, "/nonexistent"),
+        ("method=hack calibration=/nonexistent", 4, "/nonexistent"),
+    ],
+)
+def test_files_that_are_not_there_or_not_read(
+    arguments: str, code: int, expected: str, tmp_path: Path, capsys: Capture
+) -> None:
+    for command in ("generate", "eval"):
+        words = [*arguments.split(), "budget=0.5", "--limit", "2", "--out", str(tmp_path)]
+        check(capsys, [command, *words], code, expected)
+    assert not (tmp_path / "images").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "key"), [("--seed", "seed=0"), ("--device", "runtime=gpu"), ("--prompts", "prompts")]
+)
+def test_keys_taken_for_options(option: str, key: str, capsys: Capture) -> None:
+    check(capsys, ["eval", option, "1"], 2, key)
+
+
+def test_usage_errors_are_json_too(capsys: Capture) -> None:
+    assert cli.run(["eval", "--nosuch", "--json"]) == 2
+    document = json.loads(capsys.readouterr().out)
+    assert (document["status"], document["exit_code"]) == ("error", 2)
+
+
+def test_a_file_that_is_not_there_is_named_as_typed(capsys: Capture) -> None:
+    check(capsys, ["eval", "benchmark=prompts", "benchmark.file=nope.txt"], 3, "there is no nope.txt")
+
+
 def test_all_errors_at_once(capsys: Capture) -> None:
     said = check(
         capsys, ["eval", "method=heatkvv", "model=tny", "metric=psrn", "budgte=1", "budget=1.5", "limit=no"], 2
@@ -137,7 +231,7 @@ def test_unreadable_prompts(tmp_path: Path, capsys: Capture) -> None:
 
 def test_weights_that_are_not_there(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HEATKV_WEIGHTS_DIR", raising=False)
-    monkeypatch.setenv("HF_HUB_CACHE", "/no/cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/no/cache")
     fix = "heatkv download infinity-2b, or put it into a folder named by --weights DIR or HEATKV_WEIGHTS_DIR"
     said = check(capsys, ["eval", "model=infinity-2b", "--dry-run"], 3, fix, "looked at /no/cache/models--Foundation")
     assert said.count("error: ") == 3  # transformer, tokenizer, text encoder

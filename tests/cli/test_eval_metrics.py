@@ -32,7 +32,7 @@ def rows(path: str) -> list[dict[str, str]]:
 @pytest.fixture
 def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.delenv("HEATKV_WEIGHTS_DIR", raising=False)
 
 
@@ -41,9 +41,21 @@ def test_noise_floor_is_a_row_of_full_against_full(
     kind: str, tmp_path: Path, capsys: Capture, no_weights: None
 ) -> None:
     report = call(
-        capsys, "eval", "method=streaming", "budget=0.2", "metric=psnr,ssim,fid", f"noise_floor={kind}", "--limit", "4",
-        "runtime.batch_size=4", "runtime.threads=1", "contact_sheet=0", "--out", str(tmp_path / "out"), code=6,
-    )  # fmt: skip
+        capsys,
+        "eval",
+        "method=streaming",
+        "budget=0.2",
+        "metric=psnr,ssim,fid",
+        f"noise_floor={kind}",
+        "--limit",
+        "4",
+        "runtime.batch_size=4",
+        "runtime.threads=1",
+        "contact_sheet=0",
+        "--out",
+        str(tmp_path / "out"),
+        code=6,
+    )
     assert [item["method"] for item in report["runs"]] == ["streaming", "full"]
     found = rows(report["path"])
     (floor,) = [row for row in found if row["method"] == "full" and row["metric"] == "ssim"]
@@ -83,10 +95,19 @@ def test_images_are_read_for_metrics_that_look_at_them(
 
     monkeypatch.setattr(samples, "read_image", read)
     call(
-        capsys, "eval", "method=sinks", f"metric={metric}", "--limit", "2", "runtime.batch_size=2", "contact_sheet=0",
-        "runtime.threads=1", *(["metric.fd_efficientnet_lite0.min_images=2"] if "lite0" in metric else []), "--out",
+        capsys,
+        "eval",
+        "method=sinks",
+        f"metric={metric}",
+        "--limit",
+        "2",
+        "runtime.batch_size=2",
+        "contact_sheet=0",
+        "runtime.threads=1",
+        *(["metric.fd_efficientnet_lite0.min_images=2"] if "lite0" in metric else []),
+        "--out",
         str(tmp_path),
-    )  # fmt: skip
+    )
     made = list(tmp_path.glob("images/*/free/*.png"))
     assert len(made) == 4
     assert {path: seen[path] for path in made} == {path: fulls if "tiny-full" in str(path) else own for path in made}
@@ -94,9 +115,18 @@ def test_images_are_read_for_metrics_that_look_at_them(
 
 def test_noise_floor_of_batches_needs_batches(tmp_path: Path, capsys: Capture) -> None:
     document = call(
-        capsys, "eval", "metric=psnr", "method=full", "noise_floor=batch", "runtime.batch_size=1", "--limit", "1",
-        "--out", str(tmp_path), code=2,
-    )  # fmt: skip
+        capsys,
+        "eval",
+        "metric=psnr",
+        "method=full",
+        "noise_floor=batch",
+        "runtime.batch_size=1",
+        "--limit",
+        "1",
+        "--out",
+        str(tmp_path),
+        code=2,
+    )
     assert "batches of 1" in document["errors"][0]["error"]
 
 
@@ -119,8 +149,17 @@ def test_the_folder_of_weights_is_the_metrics_too(tmp_path: Path, capsys: Captur
     (line,) = [check for check in report["checks"] if check["what"] == "metric lpips"]
     assert line["ok"] is False and str(damaged) in line["found"]
     report = call(
-        capsys, "eval", "method=sinks", "metric=lpips", "runtime.batch_size=1", "runtime.threads=1", "--limit", "1",
-        "contact_sheet=0", *options, code=6,
-    )  # fmt: skip
+        capsys,
+        "eval",
+        "method=sinks",
+        "metric=lpips",
+        "runtime.batch_size=1",
+        "runtime.threads=1",
+        "--limit",
+        "1",
+        "contact_sheet=0",
+        *options,
+        code=6,
+    )
     (item,) = report["incomplete"]
     assert item["status"] == "failed" and str(damaged) in item["reason"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
@@ -12,8 +11,6 @@ from typing import Any
 
 import pytest
 
-import compare
-import make_tables
 from heatkv_cli.cli import run
 from heatkv_cli.config import choices, compose
 
@@ -36,7 +33,7 @@ def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
     return document
 
 
-def test_all_methods_in_one_table(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_methods_in_one_table(tmp_path: Path, capsys: Capture) -> None:
     out = str(tmp_path / "out")
     planned = call(capsys, *EXPERIMENT, "--out", out, "--dry-run", code=6)
     assert not Path(out).exists()
@@ -69,15 +66,12 @@ def test_all_methods_in_one_table(tmp_path: Path, capsys: Capture, monkeypatch: 
     assert again["runs"] == document["runs"]
 
     compared = tmp_path / "compared.csv"
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", out, "--metrics", "kl,psnr,shapes", "--to", str(compared)])
-    compare.main()
+    call(capsys, "report", "compare", "--out", out, "--metrics", "kl,psnr,shapes", "--to", str(compared))
     with compared.open(newline="") as f:
         pairs = list(csv.DictReader(f))
     assert {r["other"] for r in pairs if r["budget"] == "0.1"} == methods - {"heatkv"}
     table = tmp_path / "methods.md"
-    arguments = [document["path"], "--compared", str(compared), "--to", str(table)]
-    monkeypatch.setattr(sys, "argv", ["make_tables.py", *arguments])
-    make_tables.main()
+    call(capsys, "report", "table", document["path"], "--compared", str(compared), "--to", str(table))
     lines = table.read_text().splitlines()
     assert sum(line.startswith("| ") for line in lines) == 2 + 1 + 2 * len(methods)
     assert sum("does not exist: budget 0.01" in line for line in lines) == len(refused)

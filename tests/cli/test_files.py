@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -31,9 +34,8 @@ FOLDER = WeightFile("text", "flan", hub="google/flan", parts=("config.json", "mo
 @pytest.fixture(autouse=True)
 def no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No weights, and no cache but an empty one."""
-    for variable in ("HEATKV_WEIGHTS_DIR", "HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("HEATKV_WEIGHTS_DIR", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     yield
     large_files._digest.cache_clear()
 
@@ -104,31 +106,35 @@ def test_a_file_that_no_hub_has_is_looked_for_in_the_assets_too(
 
 
 @pytest.mark.parametrize(
-    "environment",
-    [{}, {"HF_HOME": "h"}, {"HF_HOME": "h", "HF_HUB_CACHE": "c"}, {"XDG_CACHE_HOME": "x"}, {"HF_HUB_CACHE": "~/c"}],
+    ("environment", "folder"),
+    [
+        ({}, "~/.cache/huggingface/hub"),
+        ({"HF_HOME": "h"}, "h/hub"),
+        ({"HF_HOME": "h", "HF_HUB_CACHE": "c"}, "c"),
+        ({"XDG_CACHE_HOME": "x"}, "x/huggingface/hub"),
+        ({"HF_HUB_CACHE": "~/c"}, "~/c"),
+    ],
 )
-def test_the_cache_is_where_huggingface_hub_has_it(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = importlib.util.find_spec("huggingface_hub.constants")
-    if spec is None or spec.loader is None:
-        pytest.skip("huggingface_hub is not installed")
-    monkeypatch.delenv("HF_HOME")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    constants = importlib.util.module_from_spec(spec)  # reads the environment anew, beside the imported one
-    spec.loader.exec_module(constants)
-    assert str(hub_cache()) == constants.HF_HUB_CACHE
+def test_the_cache_is_where_the_environment_says(environment: dict[str, str], folder: str) -> None:
+    code = "from heatkv_cli.results import hub_cache; print(hub_cache())"
+    hidden = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
+    rest = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run([sys.executable, "-c", code], env={**rest, **environment}, capture_output=True, text=True)
+    assert done.stdout.strip() == os.path.expanduser(folder), done.stderr
 
 
-def test_the_layout_is_huggingface_hubs() -> None:
-    hub = pytest.importorskip("huggingface_hub")
-    cached("owner/repo", "folder/net.pth", revision="v1")
+def test_only_the_revision_that_is_named_is_found() -> None:
+    there = cached("owner/repo", "folder/net.pth", revision="v1")
     file = WeightFile("r", "net.pth", hub="owner/repo/folder/net.pth", revision="v1")
-    theirs = hub.try_to_load_from_cache("owner/repo", "folder/net.pth", cache_dir=hub_cache(), revision="v1")
-    assert str(find_file("m", file, None)) == theirs
-    with pytest.raises(SetupError):
-        find_file("m", WeightFile("r", "net.pth", hub="owner/repo/folder/net.pth"), None)  # main is not there
+    assert find_file("m", file, None) == there
+    with pytest.raises(SetupError, match=r"models--owner--repo/snapshots/main/folder/net\.pth"):
+        find_file("m", WeightFile("r", "net.pth", hub="owner/repo/folder/net.pth"), None)
+
+
+def test_what_huggingface_hub_has_in_its_cache_is_found() -> None:
+    there = cached("owner/repo", "folder/net.pth")
+    found = huggingface_hub.hf_hub_download("owner/repo", "folder/net.pth", local_files_only=True)
+    assert Path(found) == there == find_file("m", WeightFile("r", "net.pth", hub="owner/repo/folder/net.pth"), None)
 
 
 def test_a_whole_folder_comes_before_one_that_lacks_a_part(tmp_path: Path) -> None:
@@ -349,8 +355,6 @@ def test_dry_run_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
 def test_no_connection_is_one_error_with_the_addresses(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    pytest.importorskip("huggingface_hub")
-
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError("offline mode is enabled")
 
@@ -364,7 +368,6 @@ def test_no_connection_is_one_error_with_the_addresses(
 
 
 def test_what_the_repository_lacks_is_said(hub: FakeHub, tmp_path: Path) -> None:
-    pytest.importorskip("huggingface_hub")
     del hub.tree["o/r"]["net/b.pth"]
     ui: Any = Silent()
     with pytest.raises(SetupError, match=r"has no net/b\.pth"):
@@ -378,10 +381,3 @@ def test_a_full_disk_is_told_before(hub: FakeHub, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SetupError, match="6 B do not fit"):
         files.download(config(f"weights={tmp_path}"), ui)
     assert not hub.calls
-
-
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SetupError, match="needs the package huggingface_hub") as caught:
-        files.hub()
-    assert "heatkv[hub]" in caught.value.hint

@@ -16,8 +16,9 @@ from heatkv_cli.cli import complete_override, run
 from heatkv_cli.errors import EXIT_CODES
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("calibrate", "build-schedule", "generate", "eval", "bench", "ls", "doctor", "models", "download")
-HEAVY = ("torch", "hydra", "omegaconf", "pandas", "scipy", "numpy", "torchmetrics")
+COMMANDS = ("calibrate", "build-schedule", "generate", "eval", "bench", "ls", "doctor", "models", "download", "report")
+REPORTS = ("table", "compare", "hack", "published")
+HEAVY = ("torch", "hydra", "omegaconf", "pandas", "scipy", "numpy", "torchmetrics", "huggingface_hub")
 LIMIT_SECONDS = 0.5
 SLACK = 2.0  # test machines are shared: another test process may hold the core for half of the time
 
@@ -33,7 +34,11 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda words: " ".join(words) or "heatkv")
+@pytest.mark.parametrize(
+    "command",
+    [[], *([name] for name in COMMANDS), *(["report", name] for name in REPORTS)],
+    ids=lambda words: " ".join(words) or "heatkv",
+)
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = f"import sys; from heatkv_cli.cli import run; run({[*command, '-h']}); print(*sys.modules, file=sys.stderr)"
     done = python("-c", code)

@@ -141,9 +141,19 @@ def test_full_budget_is_the_full_cache(out: Path, capsys: Capture) -> None:
 
 def test_scores_of_a_shard_bear_the_names_of_its_images(tmp_path: Path, capsys: Capture) -> None:
     call(
-        capsys, "eval", "method=full", "metric=shapes", "contact_sheet=0", "--limit", "8", "--shard", "1/2", "--out",
-        str(tmp_path), *SMALL,
-    )  # fmt: skip
+        capsys,
+        "eval",
+        "method=full",
+        "metric=shapes",
+        "contact_sheet=0",
+        "--limit",
+        "8",
+        "--shard",
+        "1/2",
+        "--out",
+        str(tmp_path),
+        *SMALL,
+    )
     (scores,) = tmp_path.glob("images/*/scores.jsonl")
     names = [row["image_id"] for row in lines(scores)]
     made = [row["image_id"] for row in lines(scores.parent / "free" / "manifest-1of2.jsonl")]
@@ -153,9 +163,17 @@ def test_scores_of_a_shard_bear_the_names_of_its_images(tmp_path: Path, capsys: 
 
 def test_noise_floor_is_full_against_full(out: Path, capsys: Capture) -> None:
     report = call(
-        capsys, "eval", "method=full", "runtime.attention=masked", "metric=kl,psnr_layout", "--limit", "4", "--out",
-        str(out), *SMALL,
-    )  # fmt: skip
+        capsys,
+        "eval",
+        "method=full",
+        "runtime.attention=masked",
+        "metric=kl,psnr_layout",
+        "--limit",
+        "4",
+        "--out",
+        str(out),
+        *SMALL,
+    )
     (item,) = report["runs"]
     # Back ends agree within 1e-4 in logits, and a bit's KL is at most an eighth of the square; 1e-12 is its rounding.
     assert -1e-12 < item["metrics"]["kl"][0]["value"] < 1e-4**2 / 8
@@ -164,10 +182,21 @@ def test_noise_floor_is_full_against_full(out: Path, capsys: Capture) -> None:
 def test_seeds_belong_to_images(tmp_path: Path, capsys: Capture) -> None:
     """Another batch size draws the same numbers: images agree but for float kernels."""
     paths = [
-        Path(call(capsys, "generate", "method=full", "--limit", "4", "runtime.threads=1", f"runtime.batch_size={n}",
-                  "--out", str(tmp_path))["path"])
+        Path(
+            call(
+                capsys,
+                "generate",
+                "method=full",
+                "--limit",
+                "4",
+                "runtime.threads=1",
+                f"runtime.batch_size={n}",
+                "--out",
+                str(tmp_path),
+            )["path"]
+        )
         for n in (1, 4)
-    ]  # fmt: skip
+    ]
     seeds = [{k: row["seed"] for k, row in manifest(path).items()} for path in paths]
     assert seeds[0] == seeds[1]
     for name in (n for n in hashes(paths[0]) if n.endswith(".png")):
@@ -237,8 +266,14 @@ def test_unknown_word_in_a_prompt(tmp_path: Path, capsys: Capture) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circel on white\n")
     document = call(
-        capsys, "generate", "method=full", "benchmark=prompts", f"benchmark.file={prompts}", "--out", str(tmp_path),
+        capsys,
+        "generate",
+        "method=full",
+        "benchmark=prompts",
+        f"benchmark.file={prompts}",
+        "--out",
+        str(tmp_path),
         code=2,
-    )  # fmt: skip
+    )
     assert "circel" in document["errors"][0]["error"]
     assert "circle" in document["errors"][0]["fix"]

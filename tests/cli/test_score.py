@@ -56,9 +56,15 @@ def refused(capsys: Capture, code: int, *arguments: str) -> dict[str, str]:
 def test_values_are_those_of_scikit_image(sides: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
     metrics = pytest.importorskip("skimage.metrics")
     report = call(
-        capsys, "--images", str(sides[0]), "--reference", str(sides[1]), "metric=psnr,ssim", "--out",
+        capsys,
+        "--images",
+        str(sides[0]),
+        "--reference",
+        str(sides[1]),
+        "metric=psnr,ssim",
+        "--out",
         str(tmp_path / "out"),
-    )  # fmt: skip
+    )
     pairs = [(picture(i), picture(100 + i)) for i in range(6)]
     expected = np.mean([metrics.peak_signal_noise_ratio(b, a) for a, b in pairs])
     found = report["metrics"]["psnr"][0]
@@ -77,9 +83,16 @@ def test_one_metric_without_weights_leaves_the_others_alone(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("HEATKV_WEIGHTS_DIR", raising=False)
     report = call(
-        capsys, "--images", str(sides[0]), "--reference", str(sides[1]), "metric=lpips,fid,psnr", "--out",
-        str(tmp_path / "out"), code=6,
-    )  # fmt: skip
+        capsys,
+        "--images",
+        str(sides[0]),
+        "--reference",
+        str(sides[1]),
+        "metric=lpips,fid,psnr",
+        "--out",
+        str(tmp_path / "out"),
+        code=6,
+    )
     assert report["status"] == "partial" and {item["metric"] for item in report["incomplete"]} == {"lpips", "fid"}
     by_metric = {r["metric"]: r for r in rows(report["path"]) if not r["variant"]}
     assert by_metric["psnr"]["status"] == "ok"
@@ -89,9 +102,18 @@ def test_one_metric_without_weights_leaves_the_others_alone(
     damaged = tmp_path / "alexnet-owt-7be5be79.pth"
     damaged.write_bytes(b"no weights at all")
     report = call(
-        capsys, "--images", str(sides[0]), "--reference", str(sides[1]), "metric=lpips", "--weights", str(tmp_path),
-        "--out", str(tmp_path / "out"), code=6,
-    )  # fmt: skip
+        capsys,
+        "--images",
+        str(sides[0]),
+        "--reference",
+        str(sides[1]),
+        "metric=lpips",
+        "--weights",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        code=6,
+    )
     (item,) = report["incomplete"]
     assert item["status"] == "failed" and str(damaged) in item["reason"]
 
@@ -133,9 +155,16 @@ def test_images_find_their_prompts(names: list[str], tmp_path: Path, capsys: Cap
     assert report["metrics"]["shapes"][0]["n"] == len(names) and report["status"] == "done"
     next(images.rglob("*c*.*") if "c" in names[-1].rpartition("/")[2] else (images / "c").rglob("*.png")).unlink()
     report = call(
-        capsys, "--images", str(images), "--prompts", str(prompts), "metric=shapes", "--out", str(tmp_path / "out"),
+        capsys,
+        "--images",
+        str(images),
+        "--prompts",
+        str(prompts),
+        "metric=shapes",
+        "--out",
+        str(tmp_path / "out"),
         code=6,
-    )  # fmt: skip
+    )
     (item,) = report["incomplete"]
     assert item["reason"] == "1 prompts have no image, the first: c"
 
@@ -179,10 +208,13 @@ def test_things_that_are_no_pictures_cost_themselves(sides: tuple[Path, Path], t
 @pytest.mark.parametrize(
     "override",
     [
-        "metric.ssim.batch_size=-1", "metric.ssim.data_range=0", "metric.ssim.data_range=inf",
-        "metric.ssim.data_range=nan", "metric.ssim.device=gpu",
+        "metric.ssim.batch_size=-1",
+        "metric.ssim.data_range=0",
+        "metric.ssim.data_range=inf",
+        "metric.ssim.data_range=nan",
+        "metric.ssim.device=gpu",
     ],
-)  # fmt: skip
+)
 def test_parameters_out_of_range_measure_nothing(
     override: str, sides: tuple[Path, Path], tmp_path: Path, capsys: Capture
 ) -> None:

@@ -29,13 +29,23 @@ from heatkv_cli.planning.resolver import Resolver
 from heatkv_cli.results import RunFolder, read_meta
 
 SMALL = [
-    "model=infinity-2b", "resolution=0.06M", "force_resolution=true", "model.weights.verify=false",
-    "model.num_layers=4", "model.num_heads=4", "model.head_dim=16",
-    "model.params.width=64", "model.params.block_chunks=2", "model.params.text_channels=256",
-    "model.params.text_length=32", f"model.params.tokenizer.bits={golden.CODES['A'].bits}",
-    "model.params.tokenizer.base_channels=32", f"model.params.tokenizer.multipliers={[*golden.MULTIPLIERS['A']]}",
-    "benchmark=natural", "runtime.batch_size=2",
-]  # fmt: skip
+    "model=infinity-2b",
+    "resolution=0.06M",
+    "force_resolution=true",
+    "model.weights.verify=false",
+    "model.num_layers=4",
+    "model.num_heads=4",
+    "model.head_dim=16",
+    "model.params.width=64",
+    "model.params.block_chunks=2",
+    "model.params.text_channels=256",
+    "model.params.text_length=32",
+    f"model.params.tokenizer.bits={golden.CODES['A'].bits}",
+    "model.params.tokenizer.base_channels=32",
+    f"model.params.tokenizer.multipliers={[*golden.MULTIPLIERS['A']]}",
+    "benchmark=natural",
+    "runtime.batch_size=2",
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,13 @@ from heatkv_cli.cli import run
 Capture = pytest.CaptureFixture[str]
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a red circle on white"},
-    {"tag": "counting", "include": [{"class": "square", "count": 2}], "exclude": [{"class": "square", "count": 3}],
-     "prompt": "two blue squares on white"},
-]  # fmt: skip
+    {
+        "tag": "counting",
+        "include": [{"class": "square", "count": 2}],
+        "exclude": [{"class": "square", "count": 3}],
+        "prompt": "two blue squares on white",
+    },
+]
 NEW = ["benchmark.count=null", "benchmark.sha256=null", "runtime.batch_size=2", "method=sinks", "budget=0.1"]
 
 

@@ -40,11 +40,20 @@ CODES = {"A": Codes(8), "B": Codes(4, 2)}
 MULTIPLIERS = {"A": (1, 1, 2, 2, 2), "B": (1, 1, 2, 2)}
 LAYERS, WIDTH, HEADS, CHUNKS, TEXT_CHANNELS, TEXT_LENGTH = 4, 64, 4, 2, 256, 32
 
-# specs/infinity.md 10; `bits` are counted, everything else is the largest absolute difference
+# docs/infinity.md; `bits` are counted, everything else is the largest absolute difference
 TOLERANCE = {
-    "bits": 0, "logits": 1e-4, "raw_logits": 1e-4, "hidden": 1e-4, "keys": 1e-5, "values": 1e-5, "sos": 1e-5,
-    "ada6": 1e-5, "ca_kv": 1e-5, "summed_codes": 1e-5, "scale_inputs": 1e-5,
-}  # fmt: skip
+    "bits": 0,
+    "logits": 1e-4,
+    "raw_logits": 1e-4,
+    "hidden": 1e-4,
+    "keys": 1e-5,
+    "values": 1e-5,
+    "sos": 1e-5,
+    "ada6": 1e-5,
+    "ca_kv": 1e-5,
+    "summed_codes": 1e-5,
+    "scale_inputs": 1e-5,
+}
 
 
 @cache

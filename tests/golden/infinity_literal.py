@@ -1,4 +1,4 @@
-"""Infinity once more, written down from specs/infinity.md sections 3 to 6: slow, literal, in float64.
+"""Infinity once more, written down from the official code's rules: slow, literal, in float64.
 
 No cache, no batch, no padding: one image at a time, the rows of guidance side by side, all scales in one pass over
 given bits. Nothing is shared with the package but the weights, so that settings without a golden run can be checked

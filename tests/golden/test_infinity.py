@@ -1,6 +1,6 @@
 """Infinity against the official implementation: every run of the golden file, the tokenizer, the rotary tables.
 
-Tolerances are those of specs/infinity.md 10, which separate right from wrong (test_infinity_mutations.py).
+The tolerances (docs/infinity.md) separate right from wrong (test_infinity_mutations.py).
 """
 
 from __future__ import annotations

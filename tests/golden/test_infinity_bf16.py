@@ -1,4 +1,4 @@
-"""bfloat16 as upstream's CUDA autocast has it (specs/infinity.md 3.9), written once more and literally.
+"""bfloat16 as upstream's CUDA autocast has it (docs/infinity.md), written once more and literally.
 
 Every rule is a switch of the literal form: with all of them it gives the port's numbers, and without any single one it
 does not, so none is left to chance. The official vectors are float32 only.

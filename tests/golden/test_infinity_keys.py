@@ -62,7 +62,7 @@ def test_the_keys_of_a_tokenizer(name: str) -> None:
     assert shapes(on_meta(Tokenizer, TOKENIZERS[name])) == wanted
 
 
-# depth, width, heads, FFN width, chunks, pool heads, parameters in millions at 32 token bits (specs/infinity.md 1.1)
+# depth, width, heads, FFN width, chunks, pool heads, parameters in millions at 32 token bits (docs/infinity.md)
 SIZES = {
     "layer12": (12, 768, 8, 3072, 4, 16, 125.2),
     "layer16": (16, 1152, 12, 4608, 4, 16, 361.6),
@@ -102,9 +102,14 @@ def test_the_yaml_of_a_released_model_gives_its_shapes(name: str) -> None:
     pixels = {key: value for key, value in params["tokenizer"].items() if key != "patch"}
     codes = Codes(pixels["bits"], params["tokenizer"]["patch"])
     config = InfinityConfig(
-        conf["num_layers"], params["width"], conf["num_heads"], params["block_chunks"], codes,
-        params["text_channels"], params["text_length"],
-    )  # fmt: skip
+        conf["num_layers"],
+        params["width"],
+        conf["num_heads"],
+        params["block_chunks"],
+        codes,
+        params["text_channels"],
+        params["text_length"],
+    )
     assert config == TRANSFORMERS[name.replace("-", "_").removesuffix("_512")]
     assert config.head_dim == conf["head_dim"]
     tokenizer = TokenizerConfig(**{**pixels, "multipliers": tuple(pixels["multipliers"])})

@@ -1,6 +1,6 @@
 """The golden tolerances tell right from wrong: each of these mistakes is put in, and the official runs must notice.
 
-Mistakes and the errors they make: specs/infinity.md 10, measured there with another implementation. An error far from
+Mistakes and the errors they make: docs/infinity.md, measured with another implementation. An error far from
 the one stated there would mean that a mistake is not the one it is called.
 """
 
@@ -185,8 +185,8 @@ def wrong_code_scale(s: Setup) -> None:
     s.patch.setattr(Codes, "embed", embed)
 
 
-# The errors are those of single logits there and of differences of two here, hence the factor of two below.
-# mistake -> logit error on each of RUNS as specs/infinity.md states it: lowest and highest; None: cannot be seen there
+# Those errors are of single logits, and these of differences of two, hence the factor of two below.
+# mistake -> logit error on each of RUNS as docs/infinity.md states it: lowest and highest; None: cannot be seen there
 Bounds = tuple[float, float] | None
 MISTAKES: dict[str, tuple[Callable[[Setup], None], tuple[Bounds, Bounds, Bounds]]] = {
     "no clamp": (no_clamp, ((5e-2, 5e-2), (6e-2, 6e-2), (2e-1, 2e-1))),

@@ -38,9 +38,15 @@ def test_the_literal_one_is_right(name: str) -> None:
         bits = tuple(codes.to_grid(part, size) for part, size in zip(parts, run.sizes, strict=True))
     s = run.settings
     setting = literal.Setting(
-        run.sizes, rope_base(s["h_div_w"]), s["cfg_list"], 4, s["rope2d_normalized_by_hw"], s["cfg_insertion_layer"],
-        bool(s["add_lvl_embeding_only_first_block"]), codes.patch,
-    )  # fmt: skip
+        run.sizes,
+        rope_base(s["h_div_w"]),
+        s["cfg_list"],
+        4,
+        s["rope2d_normalized_by_hw"],
+        s["cfg_insertion_layer"],
+        bool(s["add_lvl_embeding_only_first_block"]),
+        codes.patch,
+    )
     tau = torch.cat([torch.full((h * w,), t) for (h, w), t in zip(run.sizes, s["tau_list"], strict=True)])
     weights = golden.weights(f"model{run.model}")
     for b, text in enumerate(s["text"]):

@@ -160,7 +160,7 @@ def test_live_packages_through_the_protocol(folder: Path, arch: str, package: st
         "hpsv2": {"checkpoint": str(folder / "hps.pt"), "release": "v2.1"},
     }[package]
     worker = Path(tiny.__file__)
-    official = OfficialScorer(package, os.environ["HEATKV_OFFICIAL_PYTHON"], options, 300, worker)
+    official = OfficialScorer(package, os.environ["HEATKV_OFFICIAL_PYTHON"], options, 300, "metric.hps_v21", worker)
     assert package in " ".join(official.versions) and "torch" in official.versions
     images, prompts = [PICTURES[i] for i, _ in PAIRS], [tiny.PROMPTS[p] for _, p in PAIRS]
     found = official(images, prompts)

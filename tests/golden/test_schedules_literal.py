@@ -1,6 +1,6 @@
-"""Schedules of the published orders at random budgets, against the scheduler as the spec tells it.
+"""Schedules of the published orders at random budgets, against the scheduler in words.
 
-`literal_schedule` follows specs/methods.md 1.3 and 1.4 word by word with sets of atoms: half a second for the 2B, two
+`literal_schedule` follows docs/methods.md (HeatKV) word by word with sets of atoms: half a second for the 2B, two
 for the 8B. The package's own is compared atom by atom.
 """
 

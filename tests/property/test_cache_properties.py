@@ -24,7 +24,7 @@ from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.policy import Keep, Merged, Policy, Visit
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
 
-LOGIT = 30.0  # design.md 10: the tolerances hold up to here
+LOGIT = 30.0  # the tolerances of docs/exactness.md hold up to here
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 0.0)}  # absolute, relative
 
 

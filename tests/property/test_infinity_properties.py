@@ -30,7 +30,8 @@ from tiny_net import FullAttention
 
 # --------------------------------------------------------------------------------------------------------- schedules
 
-# specs/infinity.md 5: portrait ratio, its landscape, tokens and pixels (height, width) at 0.06M, 0.25M, 0.60M, 1M
+# FoundationVision/Infinity @ 4c27bbb, dynamic_resolution.py
+# portrait ratio, its landscape, tokens and pixels (height, width) at 0.06M, 0.25M, 0.60M, 1M
 OFFICIAL = [
     (1.0, None, (521, 2521, 6425, 10521), ((256, 256), (512, 512), (768, 768), (1024, 1024))),
     (1.25, 0.8, (614, 2814, 6854, 10774), ((320, 256), (560, 448), (880, 704), (1120, 896))),
@@ -207,7 +208,7 @@ LOGIT = st.sampled_from([-30.0, -3.5, -3.4761, -1.0, 0.0, 0.5, 1.0, 3.4761, 3.5,
 
 
 def literal_filter(pair: list[float], top_k: int, top_p: float) -> list[float]:
-    """specs/infinity.md 4.2 step 3, one bit."""
+    """Step 3 of docs/infinity.md, one bit."""
     kept = [True, True]
     if top_k == 1:
         kept = [value >= max(pair) for value in pair]

@@ -1,7 +1,7 @@
 """HeatKV schedules on random small geometries and orders, against a slow literal simulation.
 
-The simulation below follows specs/methods.md 1.3 and 1.4 sentence by sentence with sets of atoms, and shares no code
-with `core/schedule.py` but the data classes.
+The simulation below follows docs/methods.md (HeatKV) sentence by sentence with sets of atoms, and shares no code
+with `methods/heatkv` but the data classes.
 """
 
 from __future__ import annotations

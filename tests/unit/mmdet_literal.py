@@ -244,11 +244,23 @@ class Mask2Former(nn.Module):
 
 
 CONFIG = {
-    "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 48, "encoder_layers": 2,
-    "decoder_layers": 5, "num_attention_heads": 4, "dim_feedforward": 64, "num_queries": 7,
-    "backbone_config": {"image_size": 64, "embed_dim": 8, "depths": [2, 1, 2, 1], "num_heads": [1, 2, 2, 4],
-                        "window_size": 3},
-}  # fmt: skip
+    "feature_size": 32,
+    "mask_feature_size": 32,
+    "hidden_dim": 32,
+    "encoder_feedforward_dim": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 5,
+    "num_attention_heads": 4,
+    "dim_feedforward": 64,
+    "num_queries": 7,
+    "backbone_config": {
+        "image_size": 64,
+        "embed_dim": 8,
+        "depths": [2, 1, 2, 1],
+        "num_heads": [1, 2, 2, 4],
+        "window_size": 3,
+    },
+}
 """The same sizes in transformers' words; it counts the decoder's input as a layer."""
 
 

@@ -28,8 +28,14 @@ def write_t5(path: Path, channels: int = 32, layers: int = 3, ff: int = 64) -> P
     ).save_pretrained(path)
     torch.manual_seed(0)
     config = hub.T5Config(
-        vocab_size=len(WORDS), d_model=channels, d_kv=8, d_ff=ff, num_layers=layers, num_heads=4,
-        feed_forward_proj="gated-gelu", dropout_rate=0.1,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        d_model=channels,
+        d_kv=8,
+        d_ff=ff,
+        num_layers=layers,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.1,
+    )
     hub.T5EncoderModel(config).save_pretrained(path)
     return path

@@ -20,9 +20,13 @@ CONF = Path(__file__).resolve().parents[2] / "conf" / "benchmark"
 PUBLISHED = ("geneval", "hpsv2", "image-reward", "coco2017", "mjhq30k", "dpg")
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
-    {"tag": "counting", "include": [{"class": "cup", "count": 2}], "exclude": [{"class": "cup", "count": 3}],
-     "prompt": "a photo of two cups"},
-]  # fmt: skip
+    {
+        "tag": "counting",
+        "include": [{"class": "cup", "count": 2}],
+        "exclude": [{"class": "cup", "count": 3}],
+        "prompt": "a photo of two cups",
+    },
+]
 
 
 @pytest.fixture
@@ -54,9 +58,14 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ],
     }
     write("coco2017/captions_val2017.json", coco)
-    write("mjhq30k/meta_data.json", {"ab12": {"prompt": "a fox", "category": "animals", "aspect": 1},
-                                     "cd34": {"prompt": "a hat", "category": "fashion"},
-                                     "ef56": {"prompt": "a hen", "category": "animals"}})  # fmt: skip
+    write(
+        "mjhq30k/meta_data.json",
+        {
+            "ab12": {"prompt": "a fox", "category": "animals", "aspect": 1},
+            "cd34": {"prompt": "a hat", "category": "fashion"},
+            "ef56": {"prompt": "a hen", "category": "animals"},
+        },
+    )
     write("dpg/prompts/partiprompts2.txt", "Two cups\non a table.\n")
     write("dpg/prompts/COCO1.txt", "A bus.")
     return folder
@@ -75,13 +84,19 @@ def small(name: str, **changes: Any) -> Benchmark:
 
 EXPECTED = {
     "geneval": (4, [("00000", "a photo of a bench"), ("00001", "a photo of two cups")]),
-    "hpsv2": (1, [(f"{s}-{i:05d}", f"{s} {n}") for s in ("anime", "concept-art", "paintings", "photo")
-                  for i, n in enumerate(("one", "two"))]),
+    "hpsv2": (
+        1,
+        [
+            (f"{s}-{i:05d}", f"{s} {n}")
+            for s in ("anime", "concept-art", "paintings", "photo")
+            for i, n in enumerate(("one", "two"))
+        ],
+    ),
     "image-reward": (10, [("000904-0035", "a girl")]),
     "coco2017": (1, [("9", "First of nine."), ("4", "A dog.")]),
     "mjhq30k": (1, [("ab12", "a fox"), ("cd34", "a hat"), ("ef56", "a hen")]),
     "dpg": (4, [("COCO1", "A bus."), ("partiprompts2", "Two cups on a table.")]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -113,8 +128,10 @@ def test_published_sizes_are_asked_for(data: Path) -> None:
 def test_digests_follow_what_was_read(data: Path) -> None:
     file = data / "coco2017/captions_val2017.json"
     assert small("coco2017").load().sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    for name, changed, other in (("hpsv2", "hpsv2/photo.json", "hpsv2/drawbench.json"),
-                                 ("dpg", "dpg/prompts/COCO1.txt", "dpg/readme.md")):  # fmt: skip
+    for name, changed, other in (
+        ("hpsv2", "hpsv2/photo.json", "hpsv2/drawbench.json"),
+        ("dpg", "dpg/prompts/COCO1.txt", "dpg/readme.md"),
+    ):
         before = small(name).load().sha256
         (data / other).write_text("changed")
         assert small(name).load().sha256 == before
@@ -218,8 +235,13 @@ def test_genevals_tree(data: Path, tmp_path: Path) -> None:
     made = pictures(items, 2, tmp_path)
     assert write_geneval(made[1:], items, tmp_path / "tree") == 3
     names = sorted(str(p.relative_to(tmp_path / "tree")) for p in (tmp_path / "tree").rglob("*") if p.is_file())
-    assert names == ["00000/metadata.jsonl", "00000/samples/0001.png", "00001/metadata.jsonl",
-                     "00001/samples/0000.png", "00001/samples/0001.png"]  # fmt: skip
+    assert names == [
+        "00000/metadata.jsonl",
+        "00000/samples/0001.png",
+        "00001/metadata.jsonl",
+        "00001/samples/0000.png",
+        "00001/samples/0001.png",
+    ]
     assert [json.loads((tmp_path / "tree" / f"0000{i}" / "metadata.jsonl").read_text()) for i in (0, 1)] == GENEVAL
     back = read_geneval(tmp_path / "tree")
     assert [(p.item, p.sample) for p in back] == [(p.item, p.sample) for p in made[1:]]

@@ -80,7 +80,7 @@ def test_a_percentage_is_recognised() -> None:
 )
 def test_rho_is_converted(schedule: ScaleSchedule, rho: str | float, beta: float) -> None:
     budget = Budget.from_rho(rho, schedule)
-    assert budget.as_float == pytest.approx(beta, abs=5e-4)  # specs/methods.md 6
+    assert budget.as_float == pytest.approx(beta, abs=5e-4)  # docs/bytes.md
     assert budget.rho == Fraction(str(rho))
     assert budget.text == f"rho={rho}"
     assert budget.cap(schedule) == int((1 - Fraction(str(rho))) * schedule.num_tokens)

@@ -100,7 +100,7 @@ def test_unguided_models_have_a_row_an_image() -> None:
 
 @pytest.mark.parametrize(("model", "parameters"), [("infinity-2b", 2_204_564_032), ("infinity-8b", 8_375_791_824)])
 def test_weights_of_the_released_models(model: str, parameters: int) -> None:
-    """Parameters as specs/infinity.md 1.1 counts them; blocks in bfloat16, the rest and the tokenizer in float32."""
+    """Parameters as docs/infinity.md counts them; blocks in bfloat16, the rest and the tokenizer in float32."""
     cfg = config(f"model={model}")
     sketch = build(cfg.model.sketch, cfg.model.params, Sketch, geometry=geometry_of(cfg.model), dtype="bfloat16")
     net = sketch.networks["transformer"]
@@ -152,10 +152,13 @@ def test_what_grows_is_linear_in_the_batch() -> None:
 
 @pytest.mark.parametrize(
     "look",
-    [lambda visit: visit.view(), lambda visit: visit.column_mass(),
-     lambda visit: visit.attention(torch.tensor([visit.k.shape[2] - 1]))],
+    [
+        lambda visit: visit.view(),
+        lambda visit: visit.column_mass(),
+        lambda visit: visit.attention(torch.tensor([visit.k.shape[2] - 1])),
+    ],
     ids=["view", "all queries", "the last query"],
-)  # fmt: skip
+)
 def test_policies_that_look_at_keys_are_not_rehearsed(look: Callable[[Visit], object]) -> None:
     class Looks(Policy):
         def after_attend(self, visit: Visit) -> tuple[Keep, ...]:

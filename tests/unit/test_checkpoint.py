@@ -110,13 +110,25 @@ def test_temperatures_in_any_layout(tmp_path: Path, shape: tuple[int, ...]) -> N
 )
 def test_from_the_yaml_and_a_folder_of_weights(tmp_path: Path, name: str, model: str, net: str) -> None:
     """The files under the names of conf/model, all sizes but the kind of token overridden."""
-    run = compose([
-        f"model={name}", f"weights={tmp_path}", "resolution=0.06M", "force_resolution=true", "model.num_layers=4",
-        "model.num_heads=4", "model.head_dim=16", "model.params.width=64", "model.params.block_chunks=2",
-        "model.params.text_channels=256", "model.params.text_length=32", "model.params.tokenizer.base_channels=32",
-        f"model.params.tokenizer.bits={golden.CODES[model].bits}", "model.weights.verify=false",
-        f"model.params.tokenizer.multipliers={[*golden.MULTIPLIERS[model]]}",
-    ]).first  # fmt: skip
+    run = compose(
+        [
+            f"model={name}",
+            f"weights={tmp_path}",
+            "resolution=0.06M",
+            "force_resolution=true",
+            "model.num_layers=4",
+            "model.num_heads=4",
+            "model.head_dim=16",
+            "model.params.width=64",
+            "model.params.block_chunks=2",
+            "model.params.text_channels=256",
+            "model.params.text_length=32",
+            "model.params.tokenizer.base_channels=32",
+            f"model.params.tokenizer.bits={golden.CODES[model].bits}",
+            "model.weights.verify=false",
+            f"model.params.tokenizer.multipliers={[*golden.MULTIPLIERS[model]]}",
+        ]
+    ).first
     names = {f.role: f.name for f in run.model.weights.files}
     assert names["transformer"] == net
     write = sharded_safetensors if model == "B" else flat

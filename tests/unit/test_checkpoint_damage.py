@@ -192,7 +192,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Path], type[HeatKVError], str]] = {
         r"sa.q_bias has shape \[192\], the model needs \[64\] \(and 1 more\)",
     ),
     "temperatures of other heads": (
-        changed(**{f"{BLOCK}sa__scale_mul_1H11": torch.zeros(1, 8, 1, 1)}), ArtifactError, "scale_mul_1H11 has shape",
+        changed(**{f"{BLOCK}sa__scale_mul_1H11": torch.zeros(1, 8, 1, 1)}),
+        ArtifactError,
+        "scale_mul_1H11 has shape",
     ),
     "integers": (changed(head__bias=lambda t: t.long()), ArtifactError, "head.bias holds torch.int64"),
     "code in a pickle": (code_in_pickle, ArtifactError, "asks for code to be run.*nothing was run"),
@@ -207,7 +209,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Path], type[HeatKVError], str]] = {
     "a list": (a_list, ArtifactError, "holds no state dict.* a list"),
     "no file": (lambda folder: folder / "infinity.pth", SetupError, "is missing"),
     "a tokenizer": (lambda folder: wrapped(folder, pixels("A")), ArtifactError, "holds a tokenizer of bits 8"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

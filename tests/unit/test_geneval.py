@@ -192,8 +192,15 @@ def test_detector_colours_and_judgement_together(files: dict[str, str], tmp_path
     assert len(coloured) == min(number, 16) and {o["class"] for o in coloured} == {present}
 
     # From the lines alone, with files that no longer exist: the same scores; with other constants: others.
-    blind = GenEval(detector_weights="/gone", clip_weights="/gone", detections=str(path), min_score=LEAST,
-                    clip_arch=ARCH, threshold=LEAST, counting_threshold=LEAST)  # fmt: skip
+    blind = GenEval(
+        detector_weights="/gone",
+        clip_weights="/gone",
+        detections=str(path),
+        min_score=LEAST,
+        clip_arch=ARCH,
+        threshold=LEAST,
+        counting_threshold=LEAST,
+    )
     assert [blind.score(sample) for sample in samples] == scores
     assert [blind.score(replace(sample, image=None)) for sample in samples] == scores
     assert rescore(path, blind)[1:] == scores
@@ -320,7 +327,7 @@ def test_relation_that_does_not_exist() -> None:
 
 def test_missing_weights_name_the_file_and_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(SetupError, match=r"weights missing: mask2former_swin-s.*743b7d99\.pth") as caught:
         GenEval().score(ask("single_object", {"class": "cat", "count": 1}))
     assert "openmmlab" in caught.value.hint and "HEATKV_WEIGHTS_DIR" in caught.value.hint

@@ -114,10 +114,9 @@ def test_models_and_metrics_look_into_the_same_places(
     model = WeightFile("r", "net.pth", hub="owner/name/sub/net.pth")
     metric = NetworkFile("net.pth", "a page", "owner/name", "sub/net.pth")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HEATKV_WEIGHTS_DIR"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HEATKV_WEIGHTS_DIR", raising=False)
     repository = tmp_path / "hf" / "hub" / "models--owner--name"
     (repository / "snapshots" / "0123" / "sub").mkdir(parents=True)
     (repository / "refs").mkdir()

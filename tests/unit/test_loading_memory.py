@@ -28,9 +28,14 @@ from heatkv_cli.models.infinity.transformer import Infinity, InfinityConfig
 LIMIT = 1.15
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "model.num_layers=2", "model.num_heads=8", "model.params.width=1024", "model.params.block_chunks=2",
-    "model.params.tokenizer.base_channels=32", "resolution=0.06M", "force_resolution=true",
-]  # fmt: skip
+    "model.num_layers=2",
+    "model.num_heads=8",
+    "model.params.width=1024",
+    "model.params.block_chunks=2",
+    "model.params.tokenizer.base_channels=32",
+    "resolution=0.06M",
+    "force_resolution=true",
+]
 Shapes = dict[str, tuple[int, ...]]
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -132,9 +137,14 @@ def load_measured(
     pixels = dict(params["tokenizer"])
     codes = Codes(pixels["bits"], pixels.pop("patch"))
     shape = InfinityConfig(
-        model.num_layers, params["width"], model.num_heads, params["block_chunks"], codes,
-        params["text_channels"], params["text_length"],
-    )  # fmt: skip
+        model.num_layers,
+        params["width"],
+        model.num_heads,
+        params["block_chunks"],
+        codes,
+        params["text_channels"],
+        params["text_length"],
+    )
     with torch.device("meta"):
         net, vae = Infinity(shape), Tokenizer(TokenizerConfig(**pixels | {"multipliers": tuple(pixels["multipliers"])}))
     files = {f.role: folder / f.name for f in model.weights.files}
@@ -159,8 +169,12 @@ def load_measured(
     return seen
 
 
-WAYS = [(write_flat, torch.bfloat16), (write_flat, torch.float32), (write_shards, torch.bfloat16),
-        (write_shards, torch.float32)]  # fmt: skip
+WAYS = [
+    (write_flat, torch.bfloat16),
+    (write_flat, torch.float32),
+    (write_shards, torch.bfloat16),
+    (write_shards, torch.float32),
+]
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
 

@@ -303,10 +303,19 @@ def edited(manifest: Path, row: int, column: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("value", "many"), ("value", ""), ("value", "nan"), ("value", 99.5), ("sample", 7), ("parts", {"x": 1}),
-        ("prompt_id", "00009"), ("key", "z"), ("stratum", "x"), ("sha256_row", ""), ("status", "failed"),
+        ("value", "many"),
+        ("value", ""),
+        ("value", "nan"),
+        ("value", 99.5),
+        ("sample", 7),
+        ("parts", {"x": 1}),
+        ("prompt_id", "00009"),
+        ("key", "z"),
+        ("stratum", "x"),
+        ("sha256_row", ""),
+        ("status", "failed"),
     ],
-)  # fmt: skip
+)
 def test_a_score_that_was_edited_is_made_again(column: str, value: Any, tmp_path: Path, ui: Console) -> None:
     whole = run(Brightness(), items(6), tmp_path, ui)
     (manifest,) = tmp_path.glob("scores/*/manifest.jsonl")
@@ -337,9 +346,13 @@ def test_features_that_cannot_be_read_are_made_again(damage: str, tmp_path: Path
     (manifest,) = tmp_path.glob("features/*/manifest.jsonl")
     block = manifest.parent / json.loads(manifest.read_text().splitlines()[5])["block"]
     content = {
-        "empty": b"", "text": b"no features", "cut": block.read_bytes()[:-3], "pickle": saved(np.array([None])),
-        "double": saved(np.zeros((4, 4))), "NaN": saved(np.full((4, 4), np.nan, np.float32)),
-    }  # fmt: skip
+        "empty": b"",
+        "text": b"no features",
+        "cut": block.read_bytes()[:-3],
+        "pickle": saved(np.array([None])),
+        "double": saved(np.zeros((4, 4))),
+        "NaN": saved(np.full((4, 4), np.nan, np.float32)),
+    }
     if damage == "gone":
         block.unlink()
     elif damage in content:

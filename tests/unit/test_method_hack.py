@@ -1,4 +1,4 @@
-"""HACK against a literal re-statement of the paper's rules (specs/methods.md 3), one token at a time."""
+"""HACK against a literal re-statement of the paper's rules (docs/methods.md), one token at a time."""
 
 from __future__ import annotations
 

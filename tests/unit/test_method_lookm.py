@@ -1,4 +1,4 @@
-"""LOOK-M against a literal re-statement of its rules (specs/methods.md 4), one token at a time."""
+"""LOOK-M against a literal re-statement of its rules (docs/methods.md), one token at a time."""
 
 from __future__ import annotations
 

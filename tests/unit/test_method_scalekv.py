@@ -1,4 +1,4 @@
-"""ScaleKV against the paper's formulas and the published budget files (specs/methods.md 2)."""
+"""ScaleKV against the paper's formulas and the published budget files (docs/methods.md)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODELS = {
     "infinity-2b": Geometry("infinity-2b", 32, 16, 128, ScaleSchedule.squares(SIDES), 3, 2),
     "infinity-8b": Geometry("infinity-8b", 40, 28, 128, ScaleSchedule.squares(SIDES), 3, 2),
 }
-# (1-based entering scale, full length, drafters, Max, Min), specs/methods.md 2.2
+# (1-based entering scale, full length, drafters, Max, Min), docs/methods.md
 TABLE = {
     "infinity-2b": [
         (9, 921, {0, 23}, 920, 632),

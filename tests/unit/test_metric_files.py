@@ -43,8 +43,8 @@ SAMPLE = Sample("a", "a cat", image=picture(0), reference=picture(1))
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty machine: no caches, one folder of weights."""
-    for variable in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"):
-        monkeypatch.setenv(variable, str(tmp_path / "nothing"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "nothing"))
     folder = tmp_path / "weights"
     folder.mkdir()
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", str(folder))
@@ -116,9 +116,12 @@ def test_pickled_code_is_refused_and_does_not_run(place: str, tmp_path: Path) ->
     else:
         torch.save(content, path, _use_new_zipfile_serialization=place != "legacy")
     metrics = (
-        FID(weights=str(path), min_images=2), LPIPS(weights=str(path)), PDEfficientNetLite0(weights=str(path)),
-        CLIPScore(weights=str(path)), HPS(weights=str(path)),
-    )  # fmt: skip
+        FID(weights=str(path), min_images=2),
+        LPIPS(weights=str(path)),
+        PDEfficientNetLite0(weights=str(path)),
+        CLIPScore(weights=str(path)),
+        HPS(weights=str(path)),
+    )
     with pytest.raises(ArtifactError, match=r"bomb\.pth is not a readable checkpoint"):
         read_checkpoint(path)
     for metric in metrics:
@@ -133,9 +136,11 @@ def test_pickled_code_is_refused_and_does_not_run(place: str, tmp_path: Path) ->
 def test_what_is_no_state_dict(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     for content, text in (
-        ([1, 2], "holds a list"), ({"a": 1}, "not all of its entries are tensors"),
-        ({"state_dict": [1]}, "holds no state dict"), ({"state_dict": {1: torch.zeros(1)}}, "holds no state dict"),
-    ):  # fmt: skip
+        ([1, 2], "holds a list"),
+        ({"a": 1}, "not all of its entries are tensors"),
+        ({"state_dict": [1]}, "holds no state dict"),
+        ({"state_dict": {1: torch.zeros(1)}}, "holds no state dict"),
+    ):
         torch.save(content, path)
         with pytest.raises(ArtifactError, match=text):
             read_state(path)
@@ -189,12 +194,12 @@ def test_a_published_file_has_its_content_and_a_given_one_may_be_any(nowhere: Pa
     found.write_bytes(backbones["alex"].read_bytes())
     with pytest.raises(ArtifactError, match=r"alexnet-owt-7be5be79\.pth should have 7be5be79") as caught:
         LPIPS().score(SAMPLE)
-    assert "weights=PATH" in caught.value.hint
+    assert "key for its weights" in caught.value.hint
     assert LPIPS(weights=str(found)).score(SAMPLE).value > 0
 
 
 def test_files_of_the_hub_are_those_of_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     digest = hashlib.sha256(b"right").hexdigest()
     file = NetworkFile("net.pt", "the hub", "owner/name", "sub/net.pt", revision="c" * 40, sha256=(digest,))
     folder = tmp_path / "hub" / "models--owner--name"
@@ -218,7 +223,7 @@ def test_a_given_path_that_is_no_file(given: str) -> None:
 @pytest.mark.parametrize("folder", ["x" * 300, "~nosuchuser"])
 def test_folders_that_cannot_be(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", folder)
-    monkeypatch.setenv("HF_HUB_CACHE", folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", folder)
     with pytest.raises(SetupError, match="weights missing"):
         HPS().digest()
 
@@ -287,7 +292,9 @@ def test_workers_of_official_packages_end_with_release(tmp_path: Path) -> None:
         "import json, sys\nprint(json.dumps({'ready': 'hpsv2', 'protocol': 1, 'versions': {}}), flush=True)\n"
         "sys.stdin.read()"
     )
-    process = networks.loaded("worker", lambda: OfficialScorer("hpsv2", sys.executable, {}, 20, script))._process
+    process = networks.loaded(
+        "worker", lambda: OfficialScorer("hpsv2", sys.executable, {}, 20, "metric.hps_v21", script)
+    )._process
     assert process.poll() is None
     networks.release()
     assert process.poll() == 0

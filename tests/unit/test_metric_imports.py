@@ -44,8 +44,9 @@ def test_every_metric_finds_its_files_in_the_folder_of_weights(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it says is missing is put there, file by file, until nothing is; then its digest is that of these files."""
-    for variable in ("TORCH_HOME", "HF_HOME", "HEATKV_WEIGHTS_DIR"):
+    for variable in ("TORCH_HOME", "HEATKV_WEIGHTS_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / "nothing"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "nothing"))
     folder = tmp_path / "weights"
     folder.mkdir()
     cfg = compose([f"metric={name}"], options={"weights": str(folder)}).first

@@ -89,8 +89,10 @@ def test_all_wrong_values_are_told_at_once() -> None:
     with pytest.raises(ConfigErrors) as caught:
         SSIM(data_range=-1, batch_size=0, device="x")
     assert [error.message.split(" ")[0] for error in caught.value.errors] == [
-        "metric.ssim.data_range", "metric.ssim.batch_size", "metric.ssim.device",
-    ]  # fmt: skip
+        "metric.ssim.data_range",
+        "metric.ssim.batch_size",
+        "metric.ssim.device",
+    ]
 
 
 def test_options_that_would_do_nothing_are_refused() -> None:
@@ -114,11 +116,23 @@ def test_options_that_would_do_nothing_are_refused() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"resamples": 1}, {"resamples": 1_000_001}, {"resamples": 2.0}, {"resamples": True}, {"resamples": math.nan},
-        {"confidence": 0}, {"confidence": 1}, {"confidence": 2}, {"confidence": math.nan}, {"confidence": "0.5"},
-        {"confidence": True}, {"seed": -1}, {"seed": 0.5}, {"seed": None}, {"seed": math.inf},
+        {"resamples": 1},
+        {"resamples": 1_000_001},
+        {"resamples": 2.0},
+        {"resamples": True},
+        {"resamples": math.nan},
+        {"confidence": 0},
+        {"confidence": 1},
+        {"confidence": 2},
+        {"confidence": math.nan},
+        {"confidence": "0.5"},
+        {"confidence": True},
+        {"seed": -1},
+        {"seed": 0.5},
+        {"seed": None},
+        {"seed": math.inf},
     ],
-)  # fmt: skip
+)
 def test_bootstrap_is_checked(change: dict[str, Any]) -> None:
     (key,) = change
     with pytest.raises(ConfigError, match=f"bootstrap.{key} is") as caught:
@@ -144,8 +158,11 @@ class Mine(ImageMetric):
 def test_a_new_parameter_counts_by_default() -> None:
     assert Mine().settings() == '{"knob":1,"ratio":0.5}'
     assert Mine().identity() == {
-        "class": f"{__name__}.Mine", "version": "3", "parameters": {"knob": 1, "ratio": 0.5}, "weights": "",
-    }  # fmt: skip
+        "class": f"{__name__}.Mine",
+        "version": "3",
+        "parameters": {"knob": 1, "ratio": 0.5},
+        "weights": "",
+    }
     assert Mine(speed=9, name="other").identity() == Mine().identity()
     assert Mine(knob=2).identity() != Mine().identity() != Mine(ratio=0.25).identity()
     assert (Mine(name="other").spec.name, Mine().spec.name) == ("other", "mine")
@@ -157,18 +174,33 @@ def test_settings_are_canonical_json_without_places_and_speed(name: str) -> None
     found = json.loads(metric.settings())
     assert metric.settings() == json.dumps(found, sort_keys=True, separators=(",", ":"))
     assert not {
-        "reference", "batch_size", "device", "weights", "weights_folder", "weights_sha256", "timeout", "python", "name",
-        "vocabulary", "med_config", "detections", "detector_weights", "clip_weights",
-    } & set(found)  # fmt: skip
+        "reference",
+        "batch_size",
+        "device",
+        "weights",
+        "weights_folder",
+        "weights_sha256",
+        "timeout",
+        "python",
+        "name",
+        "vocabulary",
+        "med_config",
+        "detections",
+        "detector_weights",
+        "clip_weights",
+    } & set(found)
     aside_from = {each.name for each in dataclasses.fields(metric) if not each.metadata.get("counts", True)}
     assert set(found) == {each.name for each in dataclasses.fields(metric)} - aside_from - {"reference"}
 
 
 def test_each_number_changing_parameter_changes_identity_and_settings() -> None:
     changes = {
-        "psnr": {"data_range": 1.0}, "ssim": {"data_range": 1.0}, "shapes": {"strict": False, "min_area": 0.02},
-        "precision_recall": {"neighbours": 5, "mode": "clean"}, "isc": {"splits": 2, "shuffle": False},
-    }  # fmt: skip
+        "psnr": {"data_range": 1.0},
+        "ssim": {"data_range": 1.0},
+        "shapes": {"strict": False, "min_area": 0.02},
+        "precision_recall": {"neighbours": 5, "mode": "clean"},
+        "isc": {"splits": 2, "shuffle": False},
+    }
     for name, parameters in changes.items():
         metric = built(name)
         for key, value in parameters.items():

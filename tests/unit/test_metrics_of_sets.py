@@ -111,9 +111,16 @@ def test_fid_of_folders_agrees_with_clean_fid_and_torch_fidelity(
     ours = metric.compute(moments(metric.extractor(sides[0])), moments(metric.extractor(sides[1])))[0]
     if mode == "tf1":
         found = torch_fidelity.calculate_metrics(
-            input1=str(folders[0]), input2=str(folders[1]), fid=True, cuda=False, verbose=False, batch_size=N,
-            feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception), cache=False,
-        )  # fmt: skip
+            input1=str(folders[0]),
+            input2=str(folders[1]),
+            fid=True,
+            cuda=False,
+            verbose=False,
+            batch_size=N,
+            feature_extractor="inception-v3-compat",
+            feature_extractor_weights_path=str(inception),
+            cache=False,
+        )
         assert ours.value == pytest.approx(found["frechet_inception_distance"], rel=1e-4)
         return
     cleanfid = pytest.importorskip("cleanfid.fid")
@@ -128,9 +135,15 @@ def test_fid_of_folders_agrees_with_clean_fid_and_torch_fidelity(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = cleanfid.compare_folders(
-            str(folders[0]), str(folders[1]), model, mode="clean", num_workers=0, batch_size=N,
-            device=torch.device("cpu"), verbose=False,
-        )  # fmt: skip
+            str(folders[0]),
+            str(folders[1]),
+            model,
+            mode="clean",
+            num_workers=0,
+            batch_size=N,
+            device=torch.device("cpu"),
+            verbose=False,
+        )
     assert ours.value == pytest.approx(found, rel=1e-4)
 
 

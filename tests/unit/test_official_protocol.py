@@ -26,7 +26,7 @@ def start(tmp_path: Path, body: str, timeout: float = 20) -> OfficialScorer:
         "def say(x): print(json.dumps(x), flush=True)\n"
         "def ask(): return json.loads(sys.stdin.readline())\n" + body
     )
-    return OfficialScorer("hpsv2", sys.executable, {"checkpoint": "x.pt"}, timeout, script)
+    return OfficialScorer("hpsv2", sys.executable, {"checkpoint": "x.pt"}, timeout, "metric.hps_v21", script)
 
 
 def test_one_line_in_one_line_out(tmp_path: Path) -> None:
@@ -93,12 +93,14 @@ def test_worker_ends_with_its_scorer(tmp_path: Path) -> None:
 
 def test_no_such_python() -> None:
     with pytest.raises(SetupError, match="cannot start /nowhere/python for the official hpsv2"):
-        OfficialScorer("hpsv2", "/nowhere/python", {}, 5)
+        OfficialScorer("hpsv2", "/nowhere/python", {}, 5, "metric.hps_v21")
 
 
 def test_shipped_worker_says_what_is_missing() -> None:
     with pytest.raises(SetupError, match="ModuleNotFoundError: No module named 'ImageReward'") as caught:
-        OfficialScorer("image-reward", sys.executable, {"checkpoint": "x", "med_config": "y"}, 60)
+        OfficialScorer(
+            "image-reward", sys.executable, {"checkpoint": "x", "med_config": "y"}, 60, "metric.image_reward"
+        )
     assert "README" in caught.value.hint
 
 

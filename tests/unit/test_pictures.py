@@ -48,10 +48,17 @@ def tiff(values: np.ndarray, order: str, *, bits: int = 16, kind: int = 1, photo
     data = values.tobytes()
     bits_at = 8 + 2 + 12 * 10 + 4
     tags = {
-        256: (4, 1, width), 257: (4, 1, height), 258: (3, count, bits if count == 1 else bits_at), 259: (3, 1, 1),
-        262: (3, 1, photometric), 273: (4, 1, bits_at + 2 * count), 277: (3, 1, count), 278: (4, 1, height),
-        279: (4, 1, len(data)), 339: (3, 1, kind),
-    }  # fmt: skip
+        256: (4, 1, width),
+        257: (4, 1, height),
+        258: (3, count, bits if count == 1 else bits_at),
+        259: (3, 1, 1),
+        262: (3, 1, photometric),
+        273: (4, 1, bits_at + 2 * count),
+        277: (3, 1, count),
+        278: (4, 1, height),
+        279: (4, 1, len(data)),
+        339: (3, 1, kind),
+    }
     out = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(tags))
     for tag, (size, number, value) in tags.items():
         short = size == 3 and number == 1
@@ -149,10 +156,14 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "alpha": ("a.png", holding(png(HALF, 6, 8)), "transparent pixels (mode RGBA)"),
     "grey alpha": ("a.png", holding(png(HALF[..., 2:], 4, 8)), "transparent pixels (mode"),
     "a transparent colour": (
-        "a.png", holding(png(RGB, 2, 8, chunk(b"tRNS", struct.pack(">HHH", *RGB[0, 0])))), "transparent pixels",
+        "a.png",
+        holding(png(RGB, 2, 8, chunk(b"tRNS", struct.pack(">HHH", *RGB[0, 0])))),
+        "transparent pixels",
     ),
     "a transparent deep colour": (
-        "a.png", holding(png(DEEP, 2, 16, chunk(b"tRNS", struct.pack(">HHH", *DEEP[0, 0])))), "transparent pixels",
+        "a.png",
+        holding(png(DEEP, 2, 16, chunk(b"tRNS", struct.pack(">HHH", *DEEP[0, 0])))),
+        "transparent pixels",
     ),
     "a transparent deep grey": (
         "a.png",
@@ -175,7 +186,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "PPM": ("a.png", holding(b"P6\n7 5\n65535\n" + DEEP.astype(">u2").tobytes()), "cannot identify"),
     "nothing": ("a.png", holding(b""), "cannot identify"),
     "half": ("a.png", holding(png(RGB, 2, 8)[:60]), "cannot read"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -203,9 +214,12 @@ def strange(folder: Path) -> dict[str, str]:
         endpoint.bind("socket.png")
         os.chdir(here)
     return {
-        "pipe": "a pipe", "nowhere": "a link to nothing", "loop": "levels of symbolic links", "folder": "a folder",
+        "pipe": "a pipe",
+        "nowhere": "a link to nothing",
+        "loop": "levels of symbolic links",
+        "folder": "a folder",
         "socket": "a socket",
-    }  # fmt: skip
+    }
 
 
 def test_things_that_are_no_files_cost_themselves(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ SAMPLE = Sample("00000", "a cat", image=PICTURE)
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("HEATKV_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("heatkv_cli.metrics.weights._in_hub_cache", lambda file: None)
+    monkeypatch.setattr("heatkv_cli.metrics.weights._in_hub_cache", lambda file: ())
     return tmp_path
 
 
@@ -172,12 +172,15 @@ def test_official_back_end_is_asked_as_the_worker_expects(
     assert (score.value, score.note) == (50, "hpsv2 1.2.0, torchvision 0.16")
     assert ImageReward(**known, timeout=7).score(SAMPLE).value == 0.5
     checkpoint = str(nowhere / "HPS_v2.1_compressed.pt")
-    assert asked[0] == ("hpsv2", "py", {"checkpoint": checkpoint, "release": "v2.1", "device": "cuda:1"}, 600.0)
+    options = {"checkpoint": checkpoint, "release": "v2.1", "device": "cuda:1"}
+    assert asked[0] == ("hpsv2", "py", options, 600.0, "metric.hps_v21")
     assert asked[1][0] == "image-reward" and asked[1][3] == 7
     assert asked[1][2] == {
-        "checkpoint": str(nowhere / "ImageReward.pt"), "med_config": str(nowhere / "med_config.json"), "vocab": None,
+        "checkpoint": str(nowhere / "ImageReward.pt"),
+        "med_config": str(nowhere / "med_config.json"),
+        "vocab": None,
         "device": "cpu",
-    }  # fmt: skip
+    }
     (nowhere / "mine.txt").write_bytes(b"x")
     ImageReward(**known, vocabulary=str(nowhere / "mine.txt")).score(SAMPLE)
     assert asked[2][2]["vocab"] == str(nowhere / "mine.txt")

@@ -315,6 +315,15 @@ def test_a_manifest_that_is_no_file(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\nrest", b"7\nrest", b"{}\n{"])
+def test_a_file_that_is_no_manifest_stays_as_it_is(tmp_path: Path, data: bytes) -> None:
+    """Its last line is not cut off as that of a manifest is."""
+    (tmp_path / "manifest.jsonl").write_bytes(data)
+    with pytest.raises(ArtifactError, match="line 1"), RunFolder(tmp_path):
+        pass
+    assert (tmp_path / "manifest.jsonl").read_bytes() == data
+
+
 def test_a_pipe_in_a_manifests_place_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.jsonl")
     with pytest.raises(ArtifactError, match="not a regular file"), RunFolder(tmp_path):

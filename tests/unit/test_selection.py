@@ -60,8 +60,12 @@ def test_lines_of_queries(tokens: int, count: int) -> None:
 
 def draw(dice: random.Random, rows: int, heads: int, tokens: int) -> Tensor:
     """Scores with many ties."""
-    return torch.tensor([[[dice.choice([0.0, 0.5, 1.0, dice.random()]) for _ in range(tokens)] for _ in range(heads)]
-                         for _ in range(rows)])  # fmt: skip
+    return torch.tensor(
+        [
+            [[dice.choice([0.0, 0.5, 1.0, dice.random()]) for _ in range(tokens)] for _ in range(heads)]
+            for _ in range(rows)
+        ]
+    )
 
 
 @settings(deadline=None, max_examples=60)

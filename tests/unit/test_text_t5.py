@@ -44,9 +44,16 @@ def test_a_sentencepiece_model_alone_is_enough(folder: Path, tmp_path: Path) -> 
     (tmp_path / "t5" / "tokenizer.json").unlink()
     (tmp_path / "words.txt").write_text("\n".join(f"a {c} {s}" for c in ("red", "blue") for s in ("circle", "square")))
     pieces.SentencePieceTrainer.train(
-        input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "t5" / "spiece"), vocab_size=len(WORDS),
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        input=str(tmp_path / "words.txt"),
+        model_prefix=str(tmp_path / "t5" / "spiece"),
+        vocab_size=len(WORDS),
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "pad_token": "<pad>", "eos_token": "</s>"}
     (tmp_path / "t5" / "tokenizer_config.json").write_text(json.dumps(settings | {"unk_token": "<unk>"}))
     reader = pieces.SentencePieceProcessor(model_file=str(tmp_path / "t5" / "spiece.model"))

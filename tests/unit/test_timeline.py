@@ -50,9 +50,14 @@ def test_time_belongs_to_the_innermost_stage_and_the_scale_begun_last(clock: Clo
         at_scale(None)
         clock.work(32)
     assert timeline.seconds() == {
-        (None, "other"): 33, (0, "other"): 16, (1, "other"): 16,
-        (0, "norms"): 10, (1, "norms"): 10, (0, "ffn"): 4, (1, "ffn"): 5,
-    }  # fmt: skip
+        (None, "other"): 33,
+        (0, "other"): 16,
+        (1, "other"): 16,
+        (0, "norms"): 10,
+        (1, "norms"): 10,
+        (0, "ffn"): 4,
+        (1, "ffn"): 5,
+    }
     assert timeline.by_stage() == {"other": 65, "norms": 20, "ffn": 9}
 
 
@@ -67,9 +72,12 @@ def test_a_part_is_named_by_the_stage_around_it(clock: Clock) -> None:
                 clock.work(2)
                 read()
     assert timeline.seconds() == {
-        (None, "other"): 0, (None, "attention"): 2, (None, "attention/read"): 1,
-        (None, "policy"): 2, (None, "policy/read"): 1,
-    }  # fmt: skip
+        (None, "other"): 0,
+        (None, "attention"): 2,
+        (None, "attention/read"): 1,
+        (None, "policy"): 2,
+        (None, "policy/read"): 1,
+    }
     assert timeline.by_stage() == {"other": 0, "attention": 3, "policy": 3}
 
 

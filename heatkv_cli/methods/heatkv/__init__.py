@@ -25,7 +25,7 @@ class HeatKV(Method):
 
     Args:
         order: `scas`, or `random`: the same schedule with a seeded random ranking (a control).
-        order_seed: of the random ranking.
+        order_seed: seed of the random ranking.
 
     Source: arXiv 2605.14877, sections 3 and 4; counts, schedule and timing checked against arm-research/heatkv
     @ 96dc288 by the hashes in tests/golden.
@@ -58,7 +58,7 @@ class HeatKV(Method):
         return removal_schedule(setting.geometry, setting.budget, orders, setting.name)
 
     def policy(self, setting: Setting) -> Policy:
-        """The schedule at work."""
+        """Return the schedule at work."""
         schedule = self.plan(setting) if setting.plan is None else setting.plan
         schedule.check(setting.geometry)
         return _Scheduled(schedule)

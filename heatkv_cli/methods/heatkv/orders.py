@@ -32,9 +32,9 @@ class Orders:
     Args:
         order: long (num_sources, L*H, 2) of [head, layer]; row i is source scale sink_scales + i, the first entry is
             removed first.
-        name: where it comes from, for tables: `s-cas`, `random-3`, a file name.
+        name: its origin, for tables: `s-cas`, `random-3`, a file name.
         calibrated_on: the scales at which the order was found; a lower resolution may use the same lists.
-        source_sha256: of the calibration or file behind it; empty for a seeded order.
+        source_sha256: digest of the calibration or file behind it; empty for a seeded order.
     """
 
     order: Tensor = field(repr=False)
@@ -90,7 +90,7 @@ def calibrated_orders(calibration: Calibration, prompts: Sequence[int] | None = 
     """Return the orders of a calibration: ascending by (S-CAS, head, layer), one list per source scale.
 
     Args:
-        calibration: of the model.
+        calibration: the model's calibration.
         prompts: indices of the prompts to use; None for all.
     """
     scores = calibration.scores(prompts)
@@ -120,7 +120,7 @@ def load_orders(path: Path | str, geometry: Geometry, calibrated_on: ScaleSchedu
 
     Args:
         path: the file.
-        geometry: of the model that will use it.
+        geometry: shape of the cache that will use it.
         calibrated_on: the scales at which the file was made, where they are not those of `geometry`; the first list
             is source scale S in both, and the lists of the sources that exist are used.
 

@@ -41,7 +41,7 @@ class Schedule:
     """When each atom (source scale, layer, head) is attended for the last time.
 
     Args:
-        geometry: of the model and resolution it was built for.
+        geometry: shape of the cache it was built for.
         budget: the fraction of the full cache that it keeps.
         first_absent: int16 (K, L, H), indexed [source, layer, head]: the first target scale at which the atom is no
             longer attended; K where it never goes (sinks, the last scale, kept atoms).
@@ -51,8 +51,8 @@ class Schedule:
         method: the method that follows the plan.
         order: name of the removal orders; order_sha256: their canonical hash.
         calibrated_on: scales at which the orders were calibrated, `geometry.schedule` unless they were borrowed.
-        calibration_sha256: of the calibration or order file behind it; empty for a seeded order.
-        versions: of the libraries that built it.
+        calibration_sha256: digest of the calibration or order file behind it; empty for a seeded order.
+        versions: versions of the libraries that built it.
 
     Raises:
         ArtifactError: tensors that do not fit the geometry or contradict each other.
@@ -228,7 +228,7 @@ class Schedule:
 
     @property
     def about(self) -> str:
-        """What decided the plan, in words."""
+        """Origin of the plan in words."""
         return f"order {self.order}"
 
     def report(self) -> dict[str, Any]:

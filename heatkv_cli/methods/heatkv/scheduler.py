@@ -82,7 +82,7 @@ def removal_schedule(
     """Build the strict schedule: which atom is attended up to which target scale.
 
     Args:
-        geometry: of the model and resolution.
+        geometry: shape of the model's cache.
         budget: fraction of the full cache that may be held at any checkpoint.
         orders: removal orders, or a bare long (num_sources, L*H, 2) of [head, layer] for sources S..K-2. Orders of
             another resolution are cut to the sources that exist.

@@ -58,9 +58,9 @@ def half_split_stability(
 
     Args:
         calibration: with at least two prompts; with one there is nothing to compare (num_pairs = 0).
-        budgets: at which removed sets are compared.
+        budgets: kept fractions at which removed sets are compared.
         num_splits: splits to draw; all distinct ones when there are fewer.
-        seed: of the draw.
+        seed: seed of the draw.
     """
     scores = calibration.prompt_scores()  # (P, num_sources, L, H)
     pairs = []

@@ -1,1 +1,1 @@
-"""What several methods share: which queries look, which tokens are chosen, how caps are split, how tokens merge."""
+"""Parts that several methods share: queries that look, choice of tokens, splitting of caps, merging of tokens."""

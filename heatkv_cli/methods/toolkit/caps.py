@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 
 def early_caps(caps: Sequence[Sequence[int]], total: int) -> list[list[int]]:
-    """Planned caps that never exceed the total in the middle of a pass: HeatKV's early activation for caps.
+    """Return planned caps that never exceed the total in the middle of a pass: HeatKV's early activation for caps.
 
     While layer l takes what it gets for scale t, later layers still hold what they got for t - 1. Where that is too
-    much, later layers, the last one first, keep at t - 1 no more than they will get at t: they lose what they were to
-    lose one visit later, and nobody attends in between.
+    much, later layers keep at t - 1 no more than they will get at t, the last layer first. They lose tokens one visit
+    early, and nobody attends to those tokens in between.
 
     Args:
         caps: tokens of each head of a layer after its visit, [scale 0..K-2][layer]; every row sums to <= total.

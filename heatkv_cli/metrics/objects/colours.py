@@ -40,7 +40,7 @@ class ColourNamer:
 
     Args:
         clip: OpenAI's ViT-L/14 in float32.
-        device: where it runs.
+        device: device of the network.
     """
 
     def __init__(self, clip: Clip, device: str = "cpu") -> None:

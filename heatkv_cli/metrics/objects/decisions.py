@@ -47,7 +47,7 @@ class Rules:
     Attributes:
         threshold: a detection counts if its score is above this.
         counting_threshold: the same for prompts tagged ``counting``.
-        max_objects: at most so many detections per class, the most confident ones.
+        max_objects: most detections per class; the most confident ones count.
         nms_threshold: within a class a box is dropped unless its IoU with every more confident kept one is below
             this; 1.0 drops nothing.
         position_threshold: share of the two boxes' sizes by which the offset of their centres is reduced.
@@ -79,7 +79,7 @@ class Decision:
 def decide(detections: Sequence[Detection], metadata: Mapping[str, Any], rules: Rules = GENEVAL) -> Decision:
     """Judge one picture.
 
-    Rule: of each ``include`` group take the ``count`` most confident objects of its class; fewer is wrong. At least
+    Rule: each ``include`` group takes the ``count`` most confident objects of its class; fewer is wrong. At least
     ``count`` of these must have the asked ``color``; where they have not, the position is not looked at. An asked
     ``position`` must hold for every object of the group against every object of the group it refers to, and fails
     where that group failed. Any ``exclude`` class found ``count`` times or more is wrong.
@@ -160,9 +160,9 @@ def judged_by(metric: str, prompt_id: str, metadata: Mapping[str, Any], fix: str
 
     Args:
         metric: its name, for messages.
-        prompt_id: of the prompt.
-        metadata: of the prompt.
-        fix: what to type where there is none at all.
+        prompt_id: id of the prompt.
+        metadata: the prompt's further fields.
+        fix: hint where there is none at all.
 
     Raises:
         ConfigError: there is none, or ``check_metadata`` refuses it.
@@ -217,7 +217,7 @@ def _match(
     earlier: Sequence[Sequence[Detection] | None],
     rules: Rules,
 ) -> tuple[list[Detection], str]:
-    """The objects that stand for one ``include`` group, and what is wrong with them ('' where nothing is)."""
+    """Return the objects that stand for one ``include`` group, and what is wrong with them ('' where nothing is)."""
     cls, count = group["class"], group["count"]
     objects = list(found[:count])
     if len(objects) < count:

@@ -204,7 +204,7 @@ def instances(
         masks: (Q, h, w) logits.
         padded: (height, width) of the input with padding.
         looked: without.
-        original: of the picture.
+        original: size of the picture.
         min_score: objects with a lower score are left out.
 
     Returns:
@@ -236,7 +236,8 @@ class Detector:
 
     Args:
         path: mmdet's ``.pth``, or ``.safetensors`` under transformers' names.
-        device: where it runs; always float32 without TF32, since scores fell on some GPUs otherwise (GenEval issue 15).
+        device: device of the network; always float32 without TF32, since scores fell on some GPUs otherwise
+            (GenEval issue 15).
         config: sizes of the network as keyword arguments of transformers' ``Mask2FormerConfig``, ``backbone_config``
             those of ``SwinConfig``; None is Swin-S.
 
@@ -306,7 +307,7 @@ _RENAMED = (
 
 
 def _today(key: str) -> str:
-    """The name in transformers 5 of a Swin key of transformers 4; any other key as it is."""
+    """Return the name in transformers 5 of a Swin key of transformers 4; any other key as it is."""
     for pattern, target in _RENAMED:
         key = re.sub(pattern, target, key)
     return key

@@ -145,7 +145,7 @@ class GenEval(Networked, ImageMetric):
         return self if self.detections else replace(self, detections=str(path))
 
     def _eyes(self) -> tuple[Detector, ColourNamer]:
-        """The networks.
+        """Return the networks.
 
         Raises:
             SetupError: files or packages are missing.
@@ -220,7 +220,7 @@ class GenEval(Networked, ImageMetric):
         return Score(record["prompt_id"], record["index"], float(decision.correct), task, note=decision.reason)
 
     def _record(self, sample: Sample) -> dict[str, Any]:
-        """The objects of the picture: as written down, or as the networks see them."""
+        """Return the objects of the picture: as written down, or as the networks see them."""
         metadata = {key: sample.meta[key] for key in ("tag", "include", "exclude") if key in sample.meta}
         expected = {"weights_sha256": self.digest(), "metadata": json.loads(json.dumps(metadata))}
         if sample.image is not None:
@@ -281,7 +281,7 @@ class GenEval(Networked, ImageMetric):
 
 
 def _plain(instance: Instance, colour: str | None) -> dict[str, Any]:
-    """An object as it is written down; numbers in full, so that judging again is the same."""
+    """Return an object as it is written down; numbers in full, so that judging again is the same."""
     plain = {"class": NAMES[instance.label], "score": instance.score, "box": list(instance.box)}
     return plain if colour is None else {**plain, "colour": colour}
 

@@ -108,7 +108,7 @@ def to_transformers(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor
 
     Args:
         state: mmdet's, without the prefix of a data-parallel wrapper.
-        path: for messages.
+        path: path for messages.
 
     Raises:
         ArtifactError: a key that is none of mmdet's Mask2Former with Swin.

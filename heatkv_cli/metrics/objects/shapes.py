@@ -51,7 +51,7 @@ def detect(image: Pixels, min_chroma: float = 0.28, min_area: float = 0.012) -> 
 
     Args:
         image: (H, W, 3), 8 bit.
-        min_chroma: in [0, 1].
+        min_chroma: smallest chroma of an object, in [0, 1].
         min_area: share of the picture's area.
     """
     rgb = image.astype(np.float64) / 255

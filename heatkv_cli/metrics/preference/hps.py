@@ -57,8 +57,8 @@ def preprocess(image: Pixels, size: int = 224, *, antialias: bool = True) -> Ten
     Args:
         image: (H, W, 3), 8 bit.
         size: side of the result.
-        antialias: of the resize. The official code leaves it to torchvision: off before 0.17, on since. Published
-            tables are older; see the README.
+        antialias: whether the resize smooths. The official code leaves it to torchvision: off before 0.17, on since.
+            Published tables are older; see docs/metrics.md.
 
     Returns:
         (3, size, size) float32.
@@ -88,8 +88,8 @@ class NativeScorer:
 
     Args:
         clip: the network with its tokenizer.
-        device: of the network.
-        antialias: of ``preprocess``.
+        device: device of the network.
+        antialias: see ``preprocess``.
         amp: half precision on CUDA, as the official runs; without it float32.
     """
 
@@ -119,7 +119,7 @@ class HPS(Judge):
     means of its groups of 80, which the official tables print.
 
     Args:
-        release: of the checkpoint.
+        release: release of the checkpoint.
         antialias: see ``preprocess``; the official back end does what its torchvision does.
         amp: half precision on CUDA, as the official runs; for the native back end.
         arch: open_clip's name of the architecture, one with plain GELU.

@@ -74,8 +74,8 @@ class NativeScorer:
     Args:
         path: the official checkpoint, a state dict; every key is used or known to be without effect.
         vocabulary: BERT's, uncased.
-        device: of the network.
-        sizes: of the network.
+        device: device of the network.
+        sizes: sizes of the network.
 
     Raises:
         SetupError: the package tokenizers or the device is missing.
@@ -110,10 +110,10 @@ class ImageReward(Judge):
     """Standardised reward (about -2 to 2) of picture and prompt, mean over all pictures.
 
     Args:
-        vocabulary: of bert-base-uncased, looked for like weights; where it is nowhere, the official back end lets its
-            package fetch it from the hub, at a fixed commit.
+        vocabulary: path of bert-base-uncased's, looked for like weights; where it is nowhere, the official back end
+            lets its package fetch it from the hub, at a fixed commit.
         med_config: the checkpoint's ``med_config.json``, for the official back end.
-        sizes: of the network, where it is not the released one (fields of ``blip.Sizes``); for the native back end.
+        sizes: sizes of a network that is not the released one (fields of ``blip.Sizes``); for the native back end.
 
     Source: Xu et al., arXiv 2304.05977; package image-reward 1.5 (``ImageReward.score``).
 

@@ -111,7 +111,8 @@ class Judge(Networked, ImageMetric):
         trusted = self.files()[0].trusted(f"metric.{self.spec.name}.weights_sha256")
         options = {"checkpoint": str(trusted.absolute()), **self._options(), "device": self.device}
         key = ("official", self.PACKAGE, self.python, self.timeout, self.digest(), *options.values())
-        return loaded(key, lambda: OfficialScorer(self.PACKAGE, str(self.python), options, self.timeout))
+        name = f"metric.{self.spec.name}"
+        return loaded(key, lambda: OfficialScorer(self.PACKAGE, str(self.python), options, self.timeout, name))
 
     def _options(self) -> dict[str, Any]:
         """Further options of the official package."""

@@ -41,21 +41,22 @@ class OfficialScorer:
     Args:
         package: ``hpsv2`` or ``image-reward``.
         python: path of the Python that has it.
-        options: for the worker: checkpoint and whatever else the package is told.
+        options: checkpoint and whatever else the worker tells the package.
         timeout: seconds to start (weights are read then), and for each picture.
+        key: of the metric, for messages.
         worker: the script.
 
     Attributes:
-        versions: of the packages that the worker uses.
+        versions: versions of the packages that the worker uses.
 
     Raises:
         SetupError: it does not start, or speaks another protocol.
     """
 
     def __init__(
-        self, package: str, python: str, options: Mapping[str, Any], timeout: float, worker: Path = WORKER
+        self, package: str, python: str, options: Mapping[str, Any], timeout: float, key: str, worker: Path = WORKER
     ) -> None:
-        self._package, self._python, self._timeout = package, python, timeout
+        self._package, self._python, self._timeout, self._key = package, python, timeout, key
         command = [os.path.expanduser(python), "-u", str(worker), package, json.dumps(dict(options))]
         try:
             self._process = subprocess.Popen(
@@ -64,7 +65,7 @@ class OfficialScorer:
         except OSError as error:
             raise SetupError(
                 f"cannot start {python} for the official {package}: {error.strerror or error}",
-                "set 'python' to the interpreter of the environment that has the package",
+                f"{key}.python=/path/to/venv/bin/python, the interpreter that has the package",
             ) from error
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._said: deque[str] = deque(maxlen=20)
@@ -117,7 +118,7 @@ class OfficialScorer:
             self.close()
             raise SetupError(
                 f"the official {self._package} did not answer in {self._timeout:g} s while {doing}{self._stderr()}",
-                "set a larger 'timeout', or backend=native",
+                f"wait longer: {self._key}.timeout={max(1, round(10 * self._timeout))}; or {self._key}.backend=native",
             ) from None
         if line is None:
             raise self._dead(f"while {doing}")
@@ -132,7 +133,7 @@ class OfficialScorer:
             self.close()
             raise SetupError(
                 f"the official {self._package} cannot run in {self._python}: {answer['fatal']}",
-                "install it there as the README says, or use backend=native",
+                f"install it there as the README says, or use {self._key}.backend=native",
             )
         return answer
 
@@ -140,7 +141,7 @@ class OfficialScorer:
         self.close()
         return SetupError(
             f"the official {self._package} ended {when} (exit code {self._process.returncode}){self._stderr()}",
-            "run the command again, or use backend=native",
+            f"run the command again, or use {self._key}.backend=native",
         )
 
     def _stderr(self) -> str:

@@ -110,7 +110,7 @@ def main():
 
 
 def describe(error):
-    """One line for an exception."""
+    """Return one line for an exception."""
     return type(error).__name__ + ": " + " ".join(str(error).split())[:500]
 
 

@@ -7,7 +7,6 @@ into memory, weights only: a pickle that asks for code is refused, none is run.
 from __future__ import annotations
 
 import contextlib
-import json
 import pickle
 import pickletools
 import re
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from heatkv_cli.errors import ArtifactError, SetupError
+from heatkv_cli.results import load_json
 
 Shape = tuple[int, ...]
 
@@ -65,7 +65,7 @@ def _open_folder(folder: Path, inside: Sequence[tuple[str, ...]]) -> dict[str, E
         raise ArtifactError(f"{folder} holds no index ({' or '.join(INDEXES)})", "fetch the whole folder, index too")
     index = found[0]
     try:
-        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        shard_of = dict(load_json(index.read_text(encoding="utf-8"))["weight_map"])
         names = sorted({str(shard) for shard in shard_of.values()})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{index} is not an index of shards: {type(error).__name__} {error}", AGAIN) from error

@@ -58,6 +58,7 @@ def load_bundled(
     rope_base: tuple[int, int],
     rope_mode: int,
     tokenizer: TokenizerParams,
+    dtype: str = "float32",
 ) -> InfinityModel:
     """The bundled model, computed in float32.
 
@@ -68,10 +69,14 @@ def load_bundled(
         width, block_chunks, text_channels, text_layers: of the networks.
         rope_base, rope_mode: see `rope_table`.
         tokenizer: its shape and packing.
+        dtype: of the model's YAML.
 
     Raises:
+        ConfigError: the dtype is another than float32.
         ArtifactError: the file is damaged, or does not fit the YAML.
     """
+    if dtype != "float32":
+        raise ConfigError(f"model.dtype is {dtype}: a bundled model computes in float32", "model.dtype=float32")
     check_width(geometry, width)
     shape, codes = tokenizer.shape, tokenizer.codes
     base = (rope_base[0], rope_base[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from heatkv_cli.errors import ArtifactError, SetupError
+from heatkv_cli.results import load_json
 
 Precision = Literal["float16", "bfloat16", "float32"]
 
@@ -99,7 +99,7 @@ class T5Encoder:
         if not folder.is_dir():
             raise SetupError(f"text encoder: {folder} is missing", "put the folder of google/flan-t5-xl there")
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = load_json((folder / "config.json").read_text(encoding="utf-8"))
             width = config["d_model"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{folder} has no config.json of a T5: {error}", "fetch google/flan-t5-xl") from error
