@@ -164,7 +164,7 @@ def test_values_that_no_run_can_have(arguments: str, expected: str, capsys: Capt
         ("method=heatkv orders=/a schedule=/b", 2, "orders=/a is not read by method heatkv beside schedule"),
         ("method=heatkv calibration=/a orders=/b", 2, "calibration=/a is not read by method heatkv beside orders"),
         ("method=heatkv text=/nonexistent", 2, "text=/nonexistent is not read by model tiny"),
-        ("method=snapkv weights=/nonexistent", 3, "weights=/nonexistent is not a folder"),
+        ("method=snapkv weights=/nonexistent", 2, "weights=/nonexistent is not a folder"),
         ("method=heatkv schedule=/nonexistent", 4, "/nonexistent"),
         ("method=heatkv orders=/nonexistent", 4, "/nonexistent"),
         ("method=hack calibration=/nonexistent", 4, "/nonexistent"),

@@ -81,9 +81,8 @@ WORDS = {
 """What stands in for a word that hints leave to the reader; the names of files stay, for no file need be there."""
 
 _OVERRIDE = re.compile(r"(?<![\w.'\"/{-])([a-z_]+(?:\.[a-z_0-9§]+)*)=([^\s;()'\"]+)")
-_COMMAND = re.compile(
-    r"heatkv ((?:ls|doctor|models|download|calibrate|build-schedule|generate|eval|bench|score)\b[^`]*)"
-)
+_NAMES = "ls|doctor|models|download|calibrate|build-schedule|generate|eval|bench|score"
+_COMMAND = re.compile(rf"heatkv ((?:{_NAMES})\b[^`]*)")
 _OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]+)")
 
 
