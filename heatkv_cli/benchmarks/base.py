@@ -105,7 +105,9 @@ class Benchmark:
             the list's.
         source: where the file can be had, for messages.
         hub: where the hub has it; None where it is not there.
-        samples_per_prompt: images per prompt.
+        rounds: how often the whole list is walked through, so that every prefix holds all prompts alike; from two on
+            the round stands behind the id.
+        samples_per_prompt: images per prompt, one after the other.
         id_field, prompt_field: keys of a jsonl line or columns of a csv file.
     """
 
@@ -119,6 +121,7 @@ class Benchmark:
     rewrites: str | None = None
     source: str = ""
     hub: OnHub | None = None
+    rounds: int = 1
     samples_per_prompt: int = 1
     id_field: str = "id"
     prompt_field: str = "prompt"
@@ -129,11 +132,12 @@ class Benchmark:
         Raises:
             ConfigError: a number out of range.
         """
-        if not 1 <= self.samples_per_prompt <= MOST_SAMPLES:
-            raise ConfigError(
-                f"benchmark {self.name}: samples_per_prompt is {self.samples_per_prompt}",
-                f"1 to {MOST_SAMPLES}: benchmark.samples_per_prompt=1",
-            )
+        for key in ("samples_per_prompt", "rounds"):
+            if not 1 <= getattr(self, key) <= MOST_SAMPLES:
+                raise ConfigError(
+                    f"benchmark {self.name}: {key} is {getattr(self, key)}",
+                    f"1 to {MOST_SAMPLES}: benchmark.{key}=1",
+                )
         if self.count is not None and self.count < 1:
             raise ConfigError(f"benchmark {self.name}: count is {self.count}", "benchmark.count=null takes any number")
 
@@ -187,7 +191,19 @@ class Benchmark:
                 f"benchmark {self.name}: {path} has {len(prompts)} prompts, expected {self.count}",
                 "get the original file again, or set benchmark.count=null and benchmark.version to use this one",
             )
-        return self._rewritten(self._chosen(prompts))
+        return self._walked(self._rewritten(self._chosen(prompts)))
+
+    def _walked(self, prompts: PromptSet) -> PromptSet:
+        """The prompts of all rounds; each begins one prompt later, so that no every n-th place holds one prompt alone.
+
+        Groups of a jackknife and shards are such places.
+        """
+        if self.rounds == 1:
+            return prompts
+        each = prompts.items * 2
+        turns = ((i, each[i % len(prompts) :][: len(prompts)]) for i in range(self.rounds))
+        items = (replace(item, id=f"{item.id}-{i:04}") for i, turn in turns for item in turn)
+        return replace(prompts, items=tuple(items))
 
     def _chosen(self, prompts: PromptSet) -> PromptSet:
         """The prompts of the category."""

@@ -170,8 +170,9 @@ _FOLLOWS = {"calibrate": "build-schedule", "build-schedule": "generate", "genera
 def _next_command(plan: Plan) -> str:
     """Return the stage that takes up what was made, for the same choices; an experiment as a whole is evaluated."""
     if plan.command in _FOLLOWS:
-        online = any(run.method.object.plan_type is None for run in plan.runs)
-        stage = "eval" if plan.experiment else "generate" if online else _FOLLOWS[plan.command]
+        stage = "eval" if plan.experiment else _FOLLOWS[plan.command]
+        if stage == "build-schedule" and any(run.method.object.plan_type is None for run in plan.runs):
+            stage = "generate"  # nothing is planned ahead
         given = list(plan.overrides)
         if plan.command == "calibrate":  # elsewhere, benchmark is what is drawn
             given = [f"calibration_prompts={t.partition('=')[2]}" if t.startswith("benchmark=") else t for t in given]

@@ -122,6 +122,12 @@ def compose(
     runs = _distinct(points, command, errors)
     if command in DRAWING:
         errors += [refused for run in runs if (refused := untrained(run.model))]
+    if command != "download":  # which makes the folder
+        errors += [
+            ConfigError(f"weights={folder} is not a folder", "make it, or leave --weights and HEATKV_WEIGHTS_DIR away")
+            for folder in dict.fromkeys(run.weights_folder for run in runs)
+            if folder is not None and not folder.is_dir()
+        ]
     raise_all(errors)
     if not runs:
         raise ConfigError("there is nothing to run", "an axis of the sweep is empty")

@@ -35,7 +35,7 @@ class ModelConfig:
         target: dotted path of the class or function that makes the model.
         num_layers, num_heads, head_dim: L, H, D of self-attention.
         sink_scales: number of first scales that are always kept.
-        layout_scales: scales whose bits are copied from the full run for PSNR "copied layout".
+        layout_scales: scales whose codes are copied from the full run for PSNR "copied layout".
         resolutions: the scale schedules, (height, width) of each scale, by name; at the aspect ratio.
         resolution: name of the one that is used.
         aspect_ratio: height / width of the image, for models that have several.

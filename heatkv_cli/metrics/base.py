@@ -29,7 +29,7 @@ from heatkv_cli.metrics.weights import Lack, Wanted, joined_sha256, lacking_pack
 Kind = Literal["paired", "set", "prompt"]
 """An image against the full run's image of the same seed; many images against many; an image against its prompt."""
 Pass = Literal["free", "layout", "forced"]
-"""Ordinary generation; the full run's bits copied at the layout scales; teacher-forced on all of the full run's."""
+"""Ordinary generation; the full run's codes copied at the layout scales; teacher-forced on all of the full run's."""
 
 
 @dataclass(frozen=True)

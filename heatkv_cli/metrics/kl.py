@@ -1,4 +1,4 @@
-"""KL per bit against the full cache, teacher-forced: the attention error alone, without the chaos of sampling."""
+"""KL against the full cache, teacher-forced: the attention error alone, without the chaos of sampling."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ _SCALE = "kl_s"
 
 
 @dataclass(frozen=True)
-class KLPerBit(ImageMetric):
-    """KL(full || method) per bit in nats, mean over all bits of all tokens of target scales 1..K-1.
+class KL(ImageMetric):
+    """KL(full || method) in nats per code that is drawn, mean over all of target scales 1..K-1.
 
-    Rule: the forced pass feeds the full run's bits at every scale through the ordinary cache path and compares the
+    A code is what the model's family draws at once: a bit of Infinity, a token of VAR (`ImageModel.divergence`); so
+    values of different families do not compare.
+
+    Rule: the forced pass feeds the full run's codes at every scale through the ordinary cache path and compares the
     logits that sampling uses (after guidance, tau = 1, before top-k and top-p). Variants give each target scale.
 
     Source: definition of this toolkit. Targets are the same for every method, and evictions happen as in generation.
     """
 
-    SPEC: ClassVar[Spec] = Spec("kl", "1", "nats per bit", higher_is_better=False, kind="paired", needs="forced")
+    SPEC: ClassVar[Spec] = Spec("kl", "1", "nats", higher_is_better=False, kind="paired", needs="forced")
 
     def score(self, sample: Sample) -> Score:
         """Return the recorded KL of one image.

@@ -34,7 +34,7 @@ class PSNR(ImageMetric):
     pairs beside it; it is infinite only where all pairs are identical. The median is over all pairs.
 
     Args:
-        needs: ``free`` (ordinary generation) or ``layout`` (the full run's bits copied at the layout scales, so that
+        needs: ``free`` (ordinary generation) or ``layout`` (the full run's codes copied at the layout scales, so that
             the value measures detail and not whether another picture was drawn).
         data_range: largest possible difference, 255 for 8-bit images.
     """

@@ -27,7 +27,7 @@ class Sample:
         meta: further fields of the prompt in its list (GenEval's tag and include, a class index, ...).
         image: (H, W, 3); None in the forced pass, which makes no image.
         reference: (H, W, 3), the full run's image of the same prompt and seed; None where there is none.
-        recorded: numbers that the pass recorded for this image (the forced pass: KL per bit, in all and per scale).
+        recorded: numbers that the pass recorded for this image (the forced pass: the KL, in all and per scale).
         index: number of the image among those of its prompt.
     """
 

@@ -1,7 +1,7 @@
 """bench: methods and budgets -> seconds per scale and stage, bytes of the cache and of the process; CSV and table.
 
 Every run is an ordinary generation of the same images with the same seeds. Nothing is forced, so that sampling is
-measured as it is: what a pass costs does not depend on which bits it draws. One model is in memory, and runs take
+measured as it is: what a pass costs does not depend on which codes it draws. One model is in memory, and runs take
 turns (full, heatkv 0.2, ..., full, ...), another one first in every round, so that a slow moment hits all of them.
 """
 

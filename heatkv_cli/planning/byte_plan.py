@@ -55,7 +55,7 @@ class BytePlan:
         return batch * self.rows * self.cache.work
 
     def transient(self, batch: int) -> int:
-        """Return the most beside weights and pool while bits are drawn: FFN or attention, whichever holds more."""
+        """Return the most beside weights and pool while codes are drawn: FFN or attention, whichever holds more."""
         inside = self.model.attending.of(batch) + batch * self.rows * self.cache.beside
         return max(self.model.blocks.of(batch), inside)
 

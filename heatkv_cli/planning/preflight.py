@@ -91,8 +91,6 @@ def preflight(plan: Plan, resolver: Resolver) -> Ready:
     """
     ready = Ready()
     ready.errors += refuse_unused(plan.runs)
-    for run in _first_of_each(plan.runs, lambda run: str(run.weights)):
-        _gather(ready, _check_weights_folder, run)
     for run in _first_of_each(plan.runs, lambda run: str(run.runtime)):
         _gather(ready, check_device, run)
     for run in _first_of_each(plan.runs, lambda run: config_hash(run.model.identity())):
@@ -106,13 +104,6 @@ def preflight(plan: Plan, resolver: Resolver) -> Ready:
 
 def _first_of_each(runs: Sequence[RunConfig], key: Callable[[RunConfig], str]) -> list[RunConfig]:
     return list({key(run): run for run in reversed(runs)}.values())[::-1]
-
-
-def _check_weights_folder(run: RunConfig) -> None:
-    """A folder that was named is there, though bundled models and metrics without files do not look into it."""
-    folder = run.weights_folder
-    if folder is not None and not folder.is_dir():
-        raise SetupError(f"weights={folder} is not a folder", "make it, or leave --weights and HEATKV_WEIGHTS_DIR away")
 
 
 def _gather(ready: Ready, action: Callable[..., T], *args: Any) -> T | None:

@@ -116,7 +116,7 @@ class Judge:
             for damage in damages:
                 damage.apply(self.sandbox.place)
             ended = self.sandbox.run(argv, timeout=120)
-            assert ended.code in (0, 6 if damages else 0), f"the sound command {argv} fails: {ended.stderr}"
+            assert ended.code in (0, 6), f"the sound command {argv} fails: {ended.stderr}"
             self._clean[key] = self._facts(case, ended)
         return self._clean[key]
 
@@ -126,7 +126,9 @@ class Judge:
         pictures = {
             (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
             for path in out.rglob("*.png")
-            if path.is_file() and path.resolve().is_relative_to(out) and "calibration" not in path.parts
+            if path.is_file()
+            and not path.is_symlink()
+            and "calibration" not in path.parts  # a link's end may not be read
         }
         document = _document(ended.stdout) if "--json" in case.argv and not case.stdout else None
         return {"code": ended.code, "pictures": pictures, "rows": set(_rows(out)), "document": _lasting(document)}

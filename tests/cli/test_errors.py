@@ -65,8 +65,8 @@ def check(capsys: Capture, arguments: list[str], code: int, *expected: str) -> s
         (["--shard", "4/4"], ["shard is '4/4'", "shard=0/4"]),
         (["runtime.batch_size=0"], ["runtime.batch_size is 0"]),
         (["runtime.attention=flash"], ["runtime.attention is 'flash'", "'grouped'"]),
-        (["model.sampling.tau=[1,2]"], ["model.sampling.tau has 2 values", "8 scales"]),
-        (["model.sampling.tau=0"], ["model.sampling.tau is 0", "above 0"]),
+        (["model.sampling.tau=[1,2]"], ["model.sampling.tau has 2 values", "one per scale: 8"]),
+        (["model.sampling.tau=0"], ["model.sampling.tau is 0", "0.001 to 1000"]),
         (["model.sampling.tau=nan"], ["model.sampling.tau is nan"]),
         (["model.sampling.cfg=inf"], ["model.sampling.cfg is inf"]),
         (["model.sampling.top_k=-1"], ["model.sampling.top_k is -1", "0 is off"]),
@@ -164,7 +164,7 @@ def test_values_that_no_run_can_have(arguments: str, expected: str, capsys: Capt
         ("method=heatkv orders=/a schedule=/b", 2, "orders=/a is not read by method heatkv beside schedule"),
         ("method=heatkv calibration=/a orders=/b", 2, "calibration=/a is not read by method heatkv beside orders"),
         ("method=heatkv text=/nonexistent", 2, "text=/nonexistent is not read by model tiny"),
-        ("method=snapkv weights=/nonexistent", 3, "weights=/nonexistent is not a folder"),
+        ("method=snapkv weights=/nonexistent", 2, "weights=/nonexistent is not a folder"),
         ("method=heatkv schedule=/nonexistent", 4, "/nonexistent"),
         ("method=heatkv orders=/nonexistent", 4, "/nonexistent"),
         ("method=hack calibration=/nonexistent", 4, "/nonexistent"),
@@ -248,7 +248,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
             result: dict[str, Any] = outcome
             return result
 
-        monkeypatch.setattr(cli.stages, "_stage_function", lambda command: run)
+        monkeypatch.setattr("heatkv_cli.library.run_stage", run)
 
     return install
 
@@ -333,7 +333,7 @@ def test_success_prints_one_document_and_the_next_command(stage: Any, tmp_path: 
 def test_the_next_stage_is_for_the_same_choices(
     given: str, following: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("heatkv_cli.cli.stages._stage_function", lambda command: lambda plan, ui: {"status": "done"})
+    monkeypatch.setattr("heatkv_cli.library.run_stage", lambda plan, ui: {"status": "done"})
     monkeypatch.chdir(tmp_path)
     assert cli.run(given.split()) == 0
     assert capsys.readouterr().err.splitlines()[-1] == f"next: heatkv {following}"

@@ -1,22 +1,22 @@
 """The cache against a slow model of it, on a thousand random sequences of decisions.
 
-`Slow` is a dictionary (layer, head, row) -> list of tokens with their keys and values; it attends with one float64
-softmax per row, head and query. A scripted policy draws decisions of every kind a method may take, and both execute
-them: attention outputs (all back ends), stored tokens and used slots must agree after every visit.
+The slow model is `LiteralCache`: a list of tokens for each layer, row and head, and one float64 softmax per query. A
+scripted policy draws decisions of every kind a method may take, and both execute them: attention outputs (all back
+ends), stored tokens and used slots must agree after every visit.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from literal_cache import Head, LiteralCache, Token
 from torch import Tensor
 
 from heatkv_cli.core import attention
@@ -26,12 +26,6 @@ from heatkv_cli.core.scales import Geometry, ScaleSchedule
 
 LOGIT = 30.0  # the tolerances of docs/exactness.md hold up to here
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 0.0)}  # absolute, relative
-
-
-class Token(NamedTuple):
-    position: int
-    k: Tensor  # (D,)
-    v: Tensor
 
 
 Columns = list[list[list[int]]]  # [row][head] -> indices into (stored tokens + current tokens) of that head
@@ -46,42 +40,18 @@ class Decision:
     merged: list[list[dict[int, tuple[Tensor, Tensor]]]] | None = None  # [row][head][column] -> new k, v
 
 
-@dataclass
-class Slow:
-    """The literal cache."""
-
-    geometry: Geometry
-    rows: int
-    stored: dict[tuple[int, int, int], list[Token]] = field(default_factory=dict)
-
-    def tokens(self, layer: int, head: int, row: int) -> list[Token]:
-        return self.stored.setdefault((layer, head, row), [])
-
-    def length(self, layer: int, head: int) -> int:
-        lengths = {len(self.tokens(layer, head, row)) for row in range(self.rows)}
-        assert len(lengths) == 1
-        return lengths.pop()
-
-    def used(self) -> int:
-        g = self.geometry
-        return sum(self.length(layer, head) for layer in range(g.num_layers) for head in range(g.num_heads))
-
-    def chosen(self, layer: int, head: int, row: int, current: list[Token], decision: Decision | None) -> list[Token]:
-        everything = self.tokens(layer, head, row) + current
-        if decision is None:
-            return everything
-        out = []
-        for column in decision.columns[row][head]:
-            token = everything[column]
-            if decision.merged is not None:
-                token = Token(token.position, *decision.merged[row][head].get(column, token[1:]))
-            out.append(token)
-        return out
-
-
-def current_tokens(visit: Visit, head: int, row: int) -> list[Token]:
-    start = visit.geometry.schedule.offsets[visit.scale]
-    return [Token(start + i, visit.k[row, head, i], visit.v[row, head, i]) for i in range(visit.k.shape[2])]
+def chosen(tokens: list[Token], decision: Decision | None, row: int, head: int) -> list[Token]:
+    """What a decision leaves of the tokens of a row and head."""
+    if decision is None:
+        return tokens
+    out = []
+    for column in decision.columns[row][head]:
+        token = tokens[column]
+        if decision.merged is not None and column in decision.merged[row][head]:
+            k, v = decision.merged[row][head][column]
+            token = Token(token.position, k.tolist(), v.tolist())
+        out.append(token)
+    return out
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -91,15 +61,10 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert bool((difference <= absolute + relative * expected.double().abs()).all()), difference.max()
 
 
-def stacked(tokens: list[Token], part: int) -> Tensor:
-    """Keys (1) or values (2) of some tokens, float64 (n, D)."""
-    return torch.stack([token[part] for token in tokens]).double()
-
-
 class Script:
     """Draws decisions of every kind from what the slow model holds."""
 
-    def __init__(self, slow: Slow, dice: random.Random, dtype: torch.dtype):
+    def __init__(self, slow: LiteralCache, dice: random.Random, dtype: torch.dtype):
         self.slow, self.dice, self.dtype = slow, dice, dtype
         self.generator = torch.Generator().manual_seed(dice.getrandbits(40))
 
@@ -164,7 +129,7 @@ class Script:
         for row in range(self.slow.rows):
             per_head = []
             for h in range(g.num_heads):
-                positions = [token.position for token in self.slow.tokens(layer, h, row)]
+                positions = [token.position for token in self.slow.tokens(layer, row, h)]
                 positions += range(offsets[scale], offsets[scale + 1]) if visit is not None else []
                 source = [max(s for s in range(g.num_scales) if offsets[s] <= p) for p in positions]
                 per_head.append([i for i, s in enumerate(source) if segments[h, s]])
@@ -218,7 +183,7 @@ class Run:
     def __post_init__(self) -> None:
         self.dice = random.Random(self.seed)
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.slow, self.attended = Slow(self.geometry, self.rows), 0
+        self.slow, self.attended = LiteralCache(self.geometry, self.rows), 0
         self.script = Script(self.slow, self.dice, self.dtype)
         self.policies = [Scripted(self.geometry.full_tokens) for _ in range(3)]
         self.caches = [
@@ -248,29 +213,33 @@ class Run:
         visit, last = self.draw(layer, scale), scale == self.geometry.num_scales - 1
         before = self.script.decide(layer, scale, visit, nonempty=True) if self.dice.random() < 0.25 else None
         after = [] if last else self.after(visit, before)
-        heads = [(head, row) for head in range(self.geometry.num_heads) for row in range(self.rows)]
-        current = {at: current_tokens(visit, *at) for at in heads}
-        seen = {at: self.slow.chosen(layer, *at, current[at], before) for at in heads}
-        self.check_outputs(visit, before, after, seen)
+        heads = self.slow.heads(layer, scale, visit.q, visit.k, visit.v, 1.0)
+        seen = {at: chosen(head.tokens, before, *at) for at, head in heads.items()}
+        self.check_outputs(visit, before, after, heads, seen)
         own = next((decision for decision in after if decision.keep.layer == layer), before)
-        for at in heads:
-            self.slow.stored[layer, *at] = [] if last else self.slow.chosen(layer, *at, current[at], own)
+        for at, head in heads.items():
+            self.slow.stored[layer, *at] = [] if last else chosen(head.tokens, own, *at)
             for decision in after:
                 other = decision.keep.layer
                 if other != layer:
-                    self.slow.stored[other, *at] = self.slow.chosen(other, *at, [], decision)
+                    self.slow.stored[other, *at] = chosen(self.slow.tokens(other, *at), decision, *at)
 
     def check_outputs(
-        self, visit: Visit, before: Decision | None, after: list[Decision], seen: dict[tuple[int, int], list[Token]]
+        self,
+        visit: Visit,
+        before: Decision | None,
+        after: list[Decision],
+        heads: dict[tuple[int, int], Head],
+        seen: dict[tuple[int, int], list[Token]],
     ) -> None:
-        """Attend with all back ends; `seen`: by (head, row), what the slow model attends to."""
-        logits = {at: stacked(tokens, 1) @ visit.q[at[1], at[0]].double().T for at, tokens in seen.items()}
-        largest = max(float(product.abs().max()) for product in logits.values())
+        """Attend with all back ends; `seen`: by (row, head), what the slow model attends to."""
+        largest = max(float(heads[at].products(tokens).abs().max()) for at, tokens in seen.items())
         scale = self.dice.random() * LOGIT / max(largest, 1.0)
         expected = torch.empty(visit.q.shape, dtype=torch.float64)
-        for (head, row), tokens in seen.items():
-            expected[row, head] = (logits[head, row].T * scale).softmax(-1) @ stacked(tokens, 2)
-        self.attended += sum(len(tokens) for (_, row), tokens in seen.items() if row == 0)
+        for at, tokens in seen.items():
+            heads[at].softmax_scale = scale
+            expected[at] = heads[at].attend(tokens)
+        self.attended += sum(len(tokens) for (row, _), tokens in seen.items() if row == 0)
         outputs = []
         for cache, policy in zip(self.caches, self.policies, strict=True):
             policy.before, policy.after = before, after
@@ -293,26 +262,12 @@ class Run:
         return decisions
 
     def check_storage(self) -> None:
-        used = self.slow.used()
+        used = self.slow.used
         for cache in self.caches:
             assert cache.pool.used == cache.ledger.used_slots == used
             slots = torch.cat([table.slots for table in cache.tables]).tolist()
             assert len(set(slots)) == len(slots) == used
-        for layer in range(self.geometry.num_layers):
-            self.check_view(self.caches[0], layer)  # the masked one's views are what it attends to
-
-    def check_view(self, cache: KVCache, layer: int) -> None:
-        view = cache.view(layer)
-        assert torch.equal(view.positions, cache.positions(layer))
-        positions = view.positions.expand(self.rows, -1, -1)
-        for head in range(self.geometry.num_heads):
-            for row in range(self.rows):
-                tokens = self.slow.tokens(layer, head, row)
-                padding = positions.shape[2] - len(tokens)
-                assert positions[row, head].tolist() == [t.position for t in tokens] + [-1] * padding
-                if tokens:
-                    assert torch.equal(view.k[row, head, : len(tokens)], torch.stack([t.k for t in tokens]))
-                    assert torch.equal(view.v[row, head, : len(tokens)], torch.stack([t.v for t in tokens]))
+        self.slow.check(self.caches[0])
 
 
 sides = st.integers(1, 3)

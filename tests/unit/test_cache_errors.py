@@ -47,7 +47,7 @@ def mask(*heads: str) -> Tensor:
 
 ROWS_DIFFER = torch.stack((mask("xx", "xx"), mask("x.", "xx")))
 FORBIDDEN = {
-    "needs a mask or segments": Answers(0, after=(Keep(0),)),
+    "needs a mask or atoms": Answers(0, after=(Keep(0),)),
     "mask .* for tokens": Answers(0, after=(Keep(0, mask=mask("xxx", "xxx")),)),
     "rows keep different numbers": Answers(0, after=(Keep(0, mask=ROWS_DIFFER),)),
     "layer 0 at scale 0: more than one Keep": Answers(0, after=(Keep(0, mask=mask("xx", "x.")),) * 2),

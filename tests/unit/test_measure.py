@@ -22,7 +22,7 @@ from heatkv_cli.metrics.base import ImageMetric, Sample, Score, SetMetric, Spec,
 from heatkv_cli.metrics.frechet import frechet, frechet_value
 from heatkv_cli.metrics.inception.fid import FID
 from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap
-from heatkv_cli.metrics.kl import KLPerBit
+from heatkv_cli.metrics.kl import KL
 from heatkv_cli.metrics.parameters import aside, parameter
 from heatkv_cli.metrics.pixels import PSNR
 from heatkv_cli.metrics.scores import Pixels
@@ -455,7 +455,7 @@ def test_features_and_distances_that_are_none_fail_the_metric(tmp_path: Path, ui
 def test_what_the_forced_pass_recorded_must_be_numbers(recorded: dict[str, Any], tmp_path: Path, ui: Console) -> None:
     good = Sample("good", recorded={"kl": 0.5, "kl_s1": 0.5})
     images = [Item("bad", "k", partial(Sample, "bad", recorded=recorded)), Item("good", "k", lambda: good)]
-    found = run(KLPerBit(), images, tmp_path, ui)
+    found = run(KL(), images, tmp_path, ui)
     assert (found.status, found.values[0].n, found.values[0].value) == ("partial", 1, 0.5)
     assert "prompt bad" in found.reason
 

@@ -221,7 +221,7 @@ def test_keys_of_one_group_are_gone_when_the_next_are_read(monkeypatch: pytest.M
             weighed.append((held_bytes(cache) - cache.ledger.alloc_bytes - scale, history.nbytes))
         return concat_current(history, current, heads)
 
-    monkeypatch.setattr("heatkv_cli.core.cache.joined", spy)
+    monkeypatch.setattr("heatkv_cli.core.cache.concat_current", spy)
     generate(cache)
     assert len(weighed) > 2 * GEOMETRY.num_layers * (GEOMETRY.num_scales - 1)
     assert all(measured == history for measured, history in weighed)

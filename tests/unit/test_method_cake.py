@@ -1,4 +1,4 @@
-"""cake against its rule, written out over full attention matrices; and the shares of layers."""
+"""cake against its rule, written out over the attention of single queries; and the shares of layers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_oracle import (
+from literal_cache import (
     COND,
     GEOMETRY,
     ROWS,
-    SOFTMAX_SCALE,
-    Oracle,
-    Place,
+    SHARPNESS,
+    Head,
+    LiteralVisit,
+    Token,
     best,
     compare,
     grid,
-    places,
     pooled,
     shared,
     visits,
@@ -76,20 +76,29 @@ def test_shares_of_any_numbers_are_exact(weights: list[float], total: int) -> No
 
 
 class Literal:
-    """The rule, one row and head at a time."""
+    """The rule, one row and head at a time.
 
-    def __init__(self, method: CAKE, cap: int, total: int):
-        self.method, self.window, self.total = method, max(1, cap // 4), total
+    Args:
+        method: with its parameters.
+        total: tokens that all layers may store together.
+        everything: tokens that all layers may attend to together at the last scale, where nothing is stored.
+    """
+
+    def __init__(self, method: CAKE, total: int, everything: int):
+        self.method, self.total, self.everything = method, total, everything
+        self.window = max(1, total // LAYERS // 4)
         self.preference: dict[int, float] = {}
         self.held = [0] * LAYERS
+        self.ranks: dict[tuple[int, int, int], dict[int, float]] = {}  # score that each stored token was last given
+        self.cascades = 0
 
-    def statistics(self, place: Place) -> tuple[list[float], float, float]:
+    def statistics(self, head: Head, queries: list[int]) -> tuple[list[float], float, float]:
         """Scores, entropy and variance of one row and head."""
-        rows = [place.attention[q] for q in grid(place.size, self.window)]
-        own = {place.current + q for q in grid(place.size, self.window)}
-        mean = [sum(row[i] for row in rows) / len(rows) for i in range(len(place.positions))]
-        variance = [sum((row[i] - mean[i]) ** 2 for row in rows) / len(rows) for i in range(len(place.positions))]
-        others = [i for i in range(len(place.positions)) if i not in own]
+        rows, columns = [head.weights(q) for q in queries], range(len(head.tokens))
+        own = {head.start + q for q in queries}
+        mean = [sum(row[i] for row in rows) / len(rows) for i in columns]
+        variance = [sum((row[i] - mean[i]) ** 2 for row in rows) / len(rows) for i in columns]
+        others = [i for i in columns if i not in own]
         entropy = -sum(row[i] * math.log(row[i]) for row in rows for i in others)
         scores = [m + self.method.gamma * v for m, v in zip(mean, variance, strict=True)]
         return scores, entropy, sum(variance[i] for i in others)
@@ -103,13 +112,51 @@ class Literal:
             total += entropy ** (1 / self.method.tau1) * variance ** (1 / self.method.tau2)
         return total / ROWS
 
-    def caps(self, scale: int, layer: int, total: int) -> list[int]:
+    def caps(self, scale: int, layer: int) -> list[int]:
+        """What all layers should hold after a visit."""
         there = [self.held[i] + (LENGTHS[scale] if i >= layer else 0) for i in range(LAYERS)]
         windows = [min(self.window, n) for n in there]
         known = list(self.preference.values())
         weights = [self.preference.get(i, sum(known) / len(known)) for i in range(LAYERS)]
-        bodies = split(weights, total - sum(windows), [n - w for n, w in zip(there, windows, strict=True)])
-        return [w + b for w, b in zip(windows, bodies, strict=True)]
+        left = (self.total if scale < LAST else self.everything) - sum(windows)
+        bodies = split(weights, left, [n - w for n, w in zip(there, windows, strict=True)])
+        caps = [w + b for w, b in zip(windows, bodies, strict=True)]
+        if scale == LAST:
+            before, after = sum(self.held[:layer]), self.window * (LAYERS - 1 - layer)
+            caps[layer] = min(caps[layer], self.everything - before - after)
+        return caps
+
+    def take(self, visit: LiteralVisit, caps: list[int]) -> None:
+        """Other layers give their lowest tokens, one by one, until all fit."""
+        for other in [*range(visit.layer), *reversed(range(visit.layer + 1, LAYERS))]:
+            while sum(self.held) > self.total and self.held[other] > caps[other]:
+                self.held[other] -= 1
+                self.cascades += 1
+                for row, head in visit.heads:
+                    tokens, rank = visit.cache.tokens(other, row, head), self.ranks[other, row, head]
+                    tokens.remove(min(tokens, key=lambda token: (rank[token.position], -token.position)))
+        assert sum(self.held) <= self.total
+
+    def __call__(self, visit: LiteralVisit) -> dict[tuple[int, int], list[Token]]:
+        queries, layer = grid(visit.size, self.window), visit.layer
+        statistics = {at: self.statistics(head, queries) for at, head in visit.heads.items()}
+        scores = {at: each[0] for at, each in statistics.items()}
+        scores = shared(scores) if self.method.share_cfg else scores
+        self.preference[layer] = self.prefer(statistics)
+        caps = self.caps(visit.scale, layer)
+        self.held[layer] = caps[layer]
+        if not visit.last:
+            self.take(visit, caps)
+        kept = {}
+        for at, head in visit.heads.items():
+            own = {head.start + q for q in queries}
+            smooth = pooled(GEOMETRY, head.tokens, scores[at], own, self.method.kernel, self.method.pooling)
+            kept[at] = [head.tokens[i] for i in best(smooth, caps[layer], own)]
+            assert len(kept[at]) == caps[layer]
+            self.ranks[layer, *at] = {
+                token.position: math.inf if i in own else smooth[i] for i, token in enumerate(head.tokens)
+            }
+        return kept
 
 
 OPTIONS = [
@@ -125,59 +172,20 @@ OPTIONS = [
 @pytest.mark.parametrize("text", ["0.2", "0.4", "0.7"])
 def test_cake(text: str, options: dict[str, object]) -> None:
     method, budget = CAKE(**options), Budget.parse(text)  # type: ignore[arg-type]
-    ratio = Fraction(text) * GEOMETRY.bytes_per_token / (GEOMETRY.bytes_per_token + 4)
-    rule = Literal(method, int(ratio * PEAK), int(ratio * PEAK * LAYERS))
-    cache = KVCache(GEOMETRY, method.policy(Setting(GEOMETRY, budget, ROWS)), ROWS, COND, budget=budget)
-    oracle, before, cascades = Oracle(GEOMETRY), method.timing == "before", 0
-    ranks: dict[tuple[int, int, int], dict[int, float]] = {}  # score that each stored token was last given
-    for scale, layer, q, k, v in visits(GEOMETRY, 3):
-        attended = cache.ledger.attended_tokens
-        cache.attend(layer, q, k, v, SOFTMAX_SCALE)
-        attended = cache.ledger.attended_tokens - attended
-        if layer == LAYERS - 1:
-            cache.end_step()
-        found = places(oracle, scale, layer, q, k, 0)
-        statistics = {where: rule.statistics(place) for where, place in found.items()}
-        scores = {where: each[0] for where, each in statistics.items()}
-        scores = shared(scores) if method.share_cfg else scores
-        rule.preference[layer] = rule.prefer(statistics)
-        length = rule.held[layer] + LENGTHS[scale]
-        everything = LAYERS * int(Fraction(text) * PEAK)  # attended at the last scale, where nothing is stored
-        caps = rule.caps(scale, layer, rule.total if scale < LAST else everything)
-        if scale == LAST:
-            caps[layer] = min(caps[layer], everything - sum(rule.held[:layer]) - rule.window * (LAYERS - 1 - layer))
-        assert attended == HEADS * (caps[layer] if before else length)
-        rule.held[layer] = caps[layer]
-        if scale < LAST:
-            for other in [*range(layer), *reversed(range(layer + 1, LAYERS))]:
-                while sum(rule.held) > rule.total and rule.held[other] > caps[other]:
-                    rule.held[other] -= 1
-                    cascades += 1
-                    for row in range(ROWS):
-                        for head in range(HEADS):
-                            tokens, rank = oracle.tokens(other, row, head), ranks[other, row, head]
-                            tokens.remove(min(tokens, key=lambda token: (rank[token[0]], -token[0])))
-            assert sum(rule.held) <= rule.total
-        for (row, head), place in found.items():
-            own = {place.current + i for i in grid(place.size, rule.window)}
-            smooth = pooled(place, scores[row, head], own, method.kernel, method.pooling)
-            tokens = oracle.candidates(layer, scale, row, head, k)
-            kept = [] if scale == LAST else best(smooth, caps[layer], own)
-            ranks[layer, row, head] = {
-                place.positions[i]: math.inf if i in own else smooth[i] for i in range(len(smooth))
-            }
-            oracle.stored[layer, row, head] = [tokens[i] for i in kept]
-        compare(cache, oracle, scale, layer)
-    assert cascades
+    ratio = Fraction(text) * GEOMETRY.bytes_per_token / (GEOMETRY.bytes_per_token + 4)  # K, V and a score
+    rule = Literal(method, int(ratio * PEAK * LAYERS), LAYERS * int(Fraction(text) * PEAK))
+    policy = method.policy(Setting(GEOMETRY, budget, ROWS))
+    compare(GEOMETRY, policy, rule, method.timing, ROWS, COND, seed=3, sharpness=SHARPNESS, budget=budget)
+    assert rule.cascades
 
 
 def test_preferences_move_tokens_between_layers() -> None:
     budget = Budget.parse("0.4")
     cache = KVCache(GEOMETRY, CAKE().policy(Setting(GEOMETRY, budget, ROWS)), ROWS, COND, budget=budget)
-    for scale, layer, q, k, v in visits(GEOMETRY, 3):
+    for scale, layer, q, k, v in visits(GEOMETRY, ROWS, 3, SHARPNESS):
         if scale == LAST:
             break
-        cache.attend(layer, q, k, v, SOFTMAX_SCALE)
+        cache.attend(layer, q, k, v, 0.5)
         if layer == LAYERS - 1:
             cache.end_step()
     lengths = [table.lengths[0] for table in cache.tables]

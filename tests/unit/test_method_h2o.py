@@ -1,17 +1,33 @@
-"""window, streaming and h2o against their rules, written out over full attention matrices."""
+"""window, streaming and h2o against their rules, written out over the attention of single queries."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
-from selection_oracle import COND, GEOMETRY, ROWS, Place, best, check, grid
+from literal_cache import (
+    COND,
+    GEOMETRY,
+    ROWS,
+    SHARPNESS,
+    Head,
+    LiteralVisit,
+    Rule,
+    Token,
+    best,
+    compare,
+    grid,
+    shared,
+    visits,
+)
 
 from heatkv_cli.core.budget import Budget
+from heatkv_cli.core.cache import KVCache
 from heatkv_cli.core.policy import Policy
 from heatkv_cli.errors import BudgetError, ConfigError
-from heatkv_cli.methods.base import Setting
+from heatkv_cli.methods.base import Method, Setting
 from heatkv_cli.methods.h2o import H2O
 from heatkv_cli.methods.streaming import Streaming
 from heatkv_cli.methods.window import Window
@@ -19,11 +35,30 @@ from heatkv_cli.methods.window import Window
 PEAK, TOTAL = GEOMETRY.schedule.peak_tokens, GEOMETRY.schedule.num_tokens
 
 
-def recent(place: Place, count: int, kind: str) -> list[int]:
+def recent(head: Head, size: tuple[int, int], count: int, kind: str) -> list[int]:
     """The most recent tokens; `grid` spreads them over the newest map where that has more."""
-    if kind == "grid" and count < place.size[0] * place.size[1]:
-        return [place.current + i for i in grid(place.size, count)]
-    return list(range(len(place.positions) - count, len(place.positions)))
+    if kind == "grid" and count < head.current:
+        return [head.start + i for i in grid(size, count)]
+    return list(range(len(head.tokens) - count, len(head.tokens)))
+
+
+def newest(sink: int, cap: int, kind: str) -> Rule:
+    """The first tokens of the sequence and the most recent ones."""
+
+    def decide(visit: LiteralVisit) -> dict[tuple[int, int], list[Token]]:
+        if visit.length <= cap:
+            return {}
+        return {
+            at: [head.tokens[i] for i in [*range(sink), *recent(head, visit.size, cap - sink, kind)]]
+            for at, head in visit.heads.items()
+        }
+
+    return decide
+
+
+def beside(method: Method, timing: str, budget: Budget, literal: Rule) -> int:
+    policy = method.policy(Setting(GEOMETRY, budget, ROWS))
+    return compare(GEOMETRY, policy, literal, timing, ROWS, COND, sharpness=SHARPNESS, budget=budget)
 
 
 @pytest.mark.parametrize("kind", ["raster", "grid"])
@@ -31,14 +66,7 @@ def recent(place: Place, count: int, kind: str) -> list[int]:
 @pytest.mark.parametrize("text", ["0.2", "0.45"])
 def test_window(text: str, timing: str, kind: str) -> None:
     cap = int(Fraction(text) * PEAK)
-    chosen = check(
-        Window(timing=timing, recent=kind),
-        text,
-        caps=lambda scale, layer: cap,
-        score=lambda place: [],
-        pick=lambda place, scores: recent(place, cap, kind),
-        before=timing == "before",
-    )
+    chosen = beside(Window(timing=timing, recent=kind), timing, Budget.parse(text), newest(0, cap, kind))
     assert chosen > GEOMETRY.num_layers
 
 
@@ -47,30 +75,36 @@ def test_window(text: str, timing: str, kind: str) -> None:
 @pytest.mark.parametrize(("sink", "tokens"), [("scales", 5), (3, 3)])
 def test_streaming(sink: str | int, tokens: int, timing: str, kind: str) -> None:
     cap = int(Fraction("0.4") * PEAK)
-    check(
-        Streaming(sink=sink, timing=timing, recent=kind),
-        "0.4",
-        caps=lambda scale, layer: cap,
-        score=lambda place: [],
-        pick=lambda place, scores: list(range(tokens)) + recent(place, cap - tokens, kind),
-        before=timing == "before",
-    )
+    method = Streaming(sink=sink, timing=timing, recent=kind)
+    beside(method, timing, Budget.parse("0.4"), newest(tokens, cap, kind))
 
 
-class Sums:
-    """Attention that a token has got since it exists, by layer, row, head and position."""
+def heavy(method: H2O, cap_of: Callable[[int, int], int]) -> Rule:
+    """Half the cap for recent tokens, half for those that got the most attention since they exist."""
+    sums: dict[tuple[int, int, int, int], float] = defaultdict(float)  # by layer, row, head, position
 
-    def __init__(self, n_obs: int = 0, mean: bool = False):
-        self.sums: dict[tuple[int, int, int, int], float] = defaultdict(float)
-        self.n_obs, self.mean = n_obs, mean
+    def received(visit: LiteralVisit, row: int, h: int, head: Head) -> list[float]:
+        queries = head.current
+        seen = grid(visit.size, method.n_obs) if 0 < method.n_obs < queries else range(queries)
+        factor = (1 if method.per_scale_mean else queries) / len(seen)
+        keys = [(visit.layer, row, h, token.position) for token in head.tokens]
+        for key, got in zip(keys, head.sums(seen), strict=True):
+            sums[key] += got * factor
+        return [sums[key] for key in keys]
 
-    def __call__(self, place: Place) -> list[float]:
-        queries = len(place.attention)
-        seen = grid(place.size, self.n_obs) if 0 < self.n_obs < queries else range(queries)
-        for i, position in enumerate(place.positions):
-            got = sum(place.attention[q][i] for q in seen)
-            self.sums[place.layer, place.row, place.head, position] += got * (1 if self.mean else queries) / len(seen)
-        return [self.sums[place.layer, place.row, place.head, position] for position in place.positions]
+    def decide(visit: LiteralVisit) -> dict[tuple[int, int], list[Token]]:
+        scores = {at: received(visit, *at, head) for at, head in visit.heads.items()}
+        scores = shared(scores) if method.share_cfg else scores
+        cap = cap_of(visit.scale, visit.layer)
+        if visit.length <= cap:
+            return {}
+        kept = {}
+        for at, head in visit.heads.items():
+            always = set(recent(head, visit.size, cap // 2, method.recent))
+            kept[at] = [head.tokens[i] for i in best(scores[at], cap, always)]
+        return kept
+
+    return decide
 
 
 def h2o_cap(ratio: Fraction) -> int:
@@ -99,16 +133,7 @@ def test_h2o(text: str, options: dict[str, object]) -> None:
     def caps(scale: int, layer: int) -> int:
         return int(Fraction(text) * PEAK) if scale == last else cap  # what is only attended needs no sums
 
-    chosen = check(
-        method,
-        text,
-        caps,
-        Sums(method.n_obs, method.per_scale_mean),
-        lambda place, scores: best(scores, place.cap, set(recent(place, place.cap // 2, method.recent))),
-        before=method.timing == "before",
-        share_cfg=method.share_cfg,
-    )
-    assert chosen
+    assert beside(method, method.timing, Budget.parse(text), heavy(method, caps))
 
 
 @pytest.mark.parametrize(("rho", "stored"), [("0", PEAK), ("0.2", h2o_cap(Fraction(1))), ("0.7", 21)])
@@ -117,17 +142,10 @@ def test_h2o_on_hack_s_axis(rho: str, stored: int) -> None:
     attended = int((1 - Fraction(rho)) * TOTAL)
     if rho == "0.7":
         stored = h2o_cap((1 - Fraction(rho)) * TOTAL / PEAK)
-    chosen = check(
-        H2O(timing="before"),
-        rho,
-        lambda scale, layer: attended if scale == GEOMETRY.num_scales - 1 else stored,
-        Sums(),
-        lambda place, scores: best(scores, place.cap, set(recent(place, place.cap // 2, "raster"))),
-        before=True,
-        rho=True,
-    )
-    assert bool(chosen) == (rho != "0")
-    policy = H2O(timing="before").policy(Setting(GEOMETRY, Budget.from_rho(rho, GEOMETRY.schedule), ROWS))
+    method, budget = H2O(timing="before"), Budget.from_rho(rho, GEOMETRY.schedule)
+    literal = heavy(method, lambda scale, layer: attended if scale == GEOMETRY.num_scales - 1 else stored)
+    assert bool(beside(method, "before", budget, literal)) == (rho != "0")
+    policy = method.policy(Setting(GEOMETRY, budget, ROWS))
     assert policy.state_bytes == (0 if rho == "0" else 4)
     assert policy.capacity == GEOMETRY.heads * min(stored, PEAK)
 
@@ -140,15 +158,11 @@ def test_no_state_where_nothing_can_be_evicted() -> None:
 
 
 def test_sums_weigh_what_they_are_charged() -> None:
-    from selection_oracle import SOFTMAX_SCALE, visits
-
-    from heatkv_cli.core.cache import KVCache
-
     budget = Budget.parse("0.4")
     policy = H2O().policy(Setting(GEOMETRY, budget, ROWS))
     cache = KVCache(GEOMETRY, policy, ROWS, COND, budget=budget)
-    for scale, layer, q, k, v in visits(GEOMETRY, 1):
-        cache.attend(layer, q, k, v, SOFTMAX_SCALE)
+    for scale, layer, q, k, v in visits(GEOMETRY, ROWS, 1, SHARPNESS):
+        cache.attend(layer, q, k, v, 0.5)
         if scale < GEOMETRY.num_scales - 1:
             held = sum(sums.nbytes for sums in policy._sums if sums is not None)  # type: ignore[attr-defined]
             assert held == cache.pool.used * ROWS * policy.state_bytes

@@ -122,7 +122,7 @@ def test_it_is_the_papers_rule(name: str, text: str) -> None:
     method, budget = VARIANTS[name], Budget.parse(text)
     literal, wishes = rule(method, TOY, budget, 2)
     policy = method.policy(Setting(TOY, budget, 2))
-    assert compare(TOY, policy, literal, method.timing, seed=2, sharpness=3)
+    assert compare(TOY, policy, literal, method.timing, seed=2, sharpness=3.0)
     assert any(len(set(caps)) > 1 for caps in wishes), "all layers always got the same"
 
 

@@ -1,13 +1,27 @@
-"""snapkv and pyramidkv against their rules, written out over full attention matrices."""
+"""snapkv and pyramidkv against their rules, written out over the attention of single queries."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selection_oracle import GEOMETRY, ROWS, Observed, best, check, grid, pooled
+from literal_cache import (
+    COND,
+    GEOMETRY,
+    ROWS,
+    SHARPNESS,
+    LiteralVisit,
+    Rule,
+    Token,
+    best,
+    compare,
+    grid,
+    pooled,
+    shared,
+)
 
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.scales import Geometry, ScaleSchedule
@@ -22,24 +36,30 @@ PEAK, LENGTHS = GEOMETRY.schedule.peak_tokens, GEOMETRY.schedule.lengths
 LAYERS, LAST = GEOMETRY.num_layers, GEOMETRY.num_scales - 1
 
 
-class SnapRule:
-    """Observe w current queries, sum, pool; keep the window and the highest."""
+def rule(method: WindowMethod, window: int, cap_of: Callable[[int, int], int]) -> Rule:
+    """Observe w current queries, sum, pool; keep the window and the highest: `cap_of(scale, layer)` tokens."""
 
-    def __init__(self, method: WindowMethod, window: int):
-        self.method, self.window = method, window
+    def decide(visit: LiteralVisit) -> dict[tuple[int, int], list[Token]]:
+        cap, tokens = cap_of(visit.scale, visit.layer), LENGTHS[visit.scale]
+        if visit.length <= cap:
+            return {}
+        queries = grid(visit.size, window) if method.obs == "grid" else list(range(max(0, tokens - window), tokens))
+        scores = {at: head.sums(queries) for at, head in visit.heads.items()}
+        scores = shared(scores) if method.share_cfg else scores
+        kept = {}
+        for at, head in visit.heads.items():
+            own = {head.start + q for q in queries}
+            smooth = pooled(GEOMETRY, head.tokens, scores[at], own, method.kernel, method.pooling)
+            kept[at] = [head.tokens[i] for i in best(smooth, cap, own)]
+        return kept
 
-    def queries(self, place: Observed) -> list[int]:
-        tokens = len(place.attention)
-        if self.method.obs == "grid":
-            return grid(place.size, self.window)
-        return list(range(max(0, tokens - self.window), tokens))
+    return decide
 
-    def score(self, place: Observed) -> list[float]:
-        return [sum(place.attention[q][i] for q in self.queries(place)) for i in range(len(place.positions))]
 
-    def pick(self, place: Observed, scores: list[float]) -> list[int]:
-        own = {place.current + q for q in self.queries(place)}
-        return best(pooled(place, scores, own, self.method.kernel, self.method.pooling), place.cap, own)
+def beside(method: WindowMethod, text: str, literal: Rule) -> int:
+    budget = Budget.parse(text)
+    policy = method.policy(Setting(GEOMETRY, budget, ROWS))
+    return compare(GEOMETRY, policy, literal, method.timing, ROWS, COND, sharpness=SHARPNESS, budget=budget)
 
 
 OPTIONS = [
@@ -59,17 +79,7 @@ OPTIONS = [
 def test_snapkv(text: str, options: dict[str, object]) -> None:
     method, cap = SnapKV(**options), int(Fraction(text) * PEAK)  # type: ignore[arg-type]
     window = cap // 4 if method.window == "auto" else int(method.window)
-    rule = SnapRule(method, window)
-    chosen = check(
-        method,
-        text,
-        lambda scale, layer: cap,
-        rule.score,
-        rule.pick,
-        before=method.timing == "before",
-        share_cfg=method.share_cfg,
-    )
-    assert chosen > LAYERS
+    assert beside(method, text, rule(method, window, lambda scale, layer: cap)) > LAYERS
 
 
 def published_pyramid(layers: int, mean: int, window: int, length: int, beta: int = 20) -> list[int]:
@@ -111,7 +121,7 @@ def test_pyramids_without_a_slope() -> None:
     assert pyramid(32, 642, 32, 2946)[::31] == [1222, 62]  # Infinity-2B at 10 %: min = 610 // 20
 
 
-def planned(text: str, before: bool) -> list[list[int]]:
+def planned(text: str) -> list[list[int]]:
     """Caps that are really applied, [scale][layer]: simulated token by token."""
     mean = int(Fraction(text) * PEAK)
     window, wanted, longest = mean // 4, [], 0
@@ -133,8 +143,8 @@ def planned(text: str, before: bool) -> list[list[int]]:
 @pytest.mark.parametrize("text", ["0.2", "0.4", "0.6", "0.9"])
 def test_pyramidkv(text: str, options: dict[str, object]) -> None:
     method = PyramidKV(**options)  # type: ignore[arg-type]
-    rule, caps = SnapRule(method, int(Fraction(text) * PEAK) // 4), planned(text, method.timing == "before")
-    check(method, text, lambda t, layer: caps[t][layer], rule.score, rule.pick, before=method.timing == "before")
+    window, caps = int(Fraction(text) * PEAK) // 4, planned(text)
+    beside(method, text, rule(method, window, lambda scale, layer: caps[scale][layer]))
 
 
 @settings(deadline=None, max_examples=60)

@@ -14,6 +14,7 @@ import make_shapes_prompts as maker
 import shapes_world as world
 from heatkv_cli.benchmarks.base import ASSETS, Benchmark, PromptItem, PromptSet, load_prompts
 from heatkv_cli.errors import ConfigError, HeatKVError, SetupError
+from heatkv_cli.metrics.fashion.network import CLASSES
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 BUNDLED = ("shapes", "shapes-calibration-a", "shapes-calibration-b")
@@ -196,3 +197,40 @@ def test_directory_is_unreadable(tmp_path: Path) -> None:
 def test_benchmark_needs_at_least_one_sample() -> None:
     with pytest.raises(ConfigError, match="samples_per_prompt is 0"):
         Benchmark("x", "1", "x.txt", samples_per_prompt=0)
+    with pytest.raises(ConfigError, match="rounds is 0") as caught:
+        Benchmark("x", "1", "x.txt", rounds=0)
+    assert "benchmark.rounds=1" in caught.value.hint
+
+
+def test_rounds_take_turns(tmp_path: Path) -> None:
+    """Every prefix holds all prompts alike; ids differ; the digest is the file's, whatever the rounds."""
+    file = tmp_path / "x.txt"
+    file.write_text("a\nb\n")
+    once, thrice = (Benchmark("x", "1", str(file), rounds=rounds).load() for rounds in (1, 3))
+    assert [item.prompt for item in thrice.items] == ["a", "b", "b", "a", "a", "b"]
+    assert [item.id for item in once.items] == ["00000", "00001"]
+    assert [item.id for item in thrice.items[:4]] == ["00000-0000", "00001-0000", "00001-0001", "00000-0001"]
+    assert once.sha256 == thrice.sha256
+
+
+def test_classes_of_fashion_and_imagenet() -> None:
+    """1,000 pictures of each class, in turn; calibration lists have other ids and so other seeds."""
+    names = ("fashion", "fashion-calibration-a", "fashion-calibration-b")
+    whole, *calibrations = (bundled(name).load() for name in names)
+    assert len(whole) == 10_000 and [item.meta["class_index"] for item in whole.items[:12]] == [*"0123456789", *"12"]
+    assert set(Counter(item.prompt for item in whole.items).values()) == {1000}
+    for group in range(10):  # of a jackknife of 100 pictures
+        assert len({item.prompt for item in whole.items[group:100:10]}) == 10
+    prompts = [item.prompt for item in whole.items[:10]]
+    assert tuple(prompts) == CLASSES
+    ids = [item.id for found in (whole, *calibrations) for item in found.items]
+    assert len(set(ids)) == len(ids)
+    for found in calibrations:
+        assert [(item.prompt, item.meta["class_index"]) for item in found.items] == list(
+            zip(CLASSES, range(10), strict=True)
+        )
+    all_classes = [item.prompt for item in bundled("imagenet").load().items]
+    a, b = (bundled(f"imagenet-calibration-{which}").load() for which in "ab")
+    chosen = [[item.meta["class_index"] for item in found.items] for found in (a, b)]
+    assert chosen == [list(range(0, 1000, 50)), list(range(25, 1000, 50))]
+    assert all(item.prompt == all_classes[item.meta["class_index"]] for found in (a, b) for item in found.items)

@@ -42,7 +42,7 @@ def some_lists(dice: random.Random, rows: int, longest: int = 5) -> Lists:
     ]
 
 
-cases = pytest.mark.parametrize(("seed", "rows"), [(seed, rows) for seed in range(30) for rows in (1, 3)])
+cases = pytest.mark.parametrize(("seed", "rows"), [(seed, rows) for seed in range(5) for rows in (1, 3)])
 
 
 def padded(heads: Lists, rows: int) -> Tensor:

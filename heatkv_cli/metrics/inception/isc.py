@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from heatkv_cli.metrics.base import Spec, Value
 from heatkv_cli.metrics.inception.network import OnInception
@@ -53,14 +54,26 @@ class InceptionScore(OnInception):
         features = images.ordered()
         if self.shuffle:
             features = features[np.random.RandomState(_SHUFFLE_SEED).permutation(n)]
-        logits = self.extractor.logits(features).double()
-        p, log_p = logits.softmax(1), logits.log_softmax(1)
-        scores = []
-        for i in range(self.splits):
-            part = slice(i * n // self.splits, (i + 1) * n // self.splits)
-            marginal = p[part].mean(0, keepdim=True)
-            scores.append((p[part] * (log_p[part] - marginal.log())).sum(1).mean().exp().item())
-        mean, std = float(np.mean(scores)), float(np.std(scores))
-        stderr = std / math.sqrt(self.splits - 1) if self.splits > 1 else math.nan
-        half, extra = bootstrap.normal * stderr, {"std": std, "splits": float(self.splits)}
-        return [Value(self.variant, mean, stderr, mean - half, mean + half, n, extra)]
+        return [split_score(self.variant, self.extractor.logits(features), self.splits, bootstrap)]
+
+
+def split_score(variant: str, logits: Tensor, splits: int, bootstrap: Bootstrap) -> Value:
+    """Return the mean over splits of exp of the mean KL between an image's class distribution and its split's.
+
+    Args:
+        variant: of the row.
+        logits: (n, classes), in the order in which they are parted; n is at least `splits`.
+        splits: parts of the list; with one there is no standard error.
+        bootstrap: its confidence is that of the interval.
+    """
+    n, logits = len(logits), logits.double()
+    p, log_p = logits.softmax(1), logits.log_softmax(1)
+    scores = []
+    for i in range(splits):
+        part = slice(i * n // splits, (i + 1) * n // splits)
+        marginal = p[part].mean(0, keepdim=True)
+        scores.append((p[part] * (log_p[part] - marginal.log())).sum(1).mean().exp().item())
+    mean, std = float(np.mean(scores)), float(np.std(scores))
+    stderr = std / math.sqrt(splits - 1) if splits > 1 else math.nan
+    half, extra = bootstrap.normal * stderr, {"std": std, "splits": float(splits)}
+    return Value(variant, mean, stderr, mean - half, mean + half, n, extra)

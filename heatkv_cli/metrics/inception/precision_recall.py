@@ -58,9 +58,14 @@ class PrecisionRecall(OnInception):
             raise ValueError(f"{self.neighbours} neighbours need more than as many images on either side")
         check_device(self.device)
         ours, real = (torch.from_numpy(rows.ordered()).to(self.device) for rows in (images, reference))
-        inside = {"precision": _inside(ours, real, self.neighbours), "recall": _inside(real, ours, self.neighbours)}
-        extra = {"reference_n": float(reference.n)}
-        return [Value.of(name, bootstrap_interval(hits, bootstrap=bootstrap), extra) for name, hits in inside.items()]
+        return manifold_values(ours, real, self.neighbours, bootstrap)
+
+
+def manifold_values(ours: Tensor, real: Tensor, neighbours: int, bootstrap: Bootstrap) -> list[Value]:
+    """Return precision, then recall, of features ``ours`` (n, d) against ``real`` (m, d); see ``PrecisionRecall``."""
+    inside = {"precision": _inside(ours, real, neighbours), "recall": _inside(real, ours, neighbours)}
+    extra = {"reference_n": float(len(real))}
+    return [Value.of(name, bootstrap_interval(hits, bootstrap=bootstrap), extra) for name, hits in inside.items()]
 
 
 def _inside(judged: Tensor, manifold: Tensor, neighbours: int) -> NDArray[np.float64]:
