@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from heatkv_cli.planning.job import ImageJob
+from heatkv_cli.results import write_file
 
 CELL, LABEL, GAP = 120, 110, 4
 
@@ -36,6 +38,7 @@ def write_contact_sheet(path: Path, runs: Sequence[tuple[str, Path]], images: Se
             if file.exists():
                 picture = Image.open(file).convert("RGB").resize((CELL, CELL), Image.Resampling.NEAREST)
                 sheet.paste(picture, (LABEL + column * (CELL + GAP), top))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    data = io.BytesIO()
+    sheet.save(data, format="png")
+    write_file(path, data.getvalue())  # in the place of a link, and not where it leads
     return path

@@ -21,7 +21,7 @@ from typing import Any
 
 from heatkv_cli.config import Plan, RunConfig
 from heatkv_cli.console import Console
-from heatkv_cli.errors import ArtifactError, HeatKVError
+from heatkv_cli.errors import ArtifactError, HeatKVError, SetupError
 from heatkv_cli.metrics import networks
 from heatkv_cli.metrics.base import Metric, SetMetric
 from heatkv_cli.pipeline import rows as tables
@@ -298,8 +298,8 @@ def _contact_sheet(plan: Plan, shown: Sequence[Evaluated], ui: Console) -> Path 
     images = same[0].job.images[: min(columns, *(len(item.job.shown) for item in same))]
     try:
         write_contact_sheet(path, labelled, images)
-    except OSError as error:
-        ui.warn(f"no contact sheet: {error.strerror or error}")
+    except (OSError, SetupError) as error:
+        ui.warn(f"no contact sheet: {error}")
         return None
     ui.wrote(path)
     return path

@@ -14,6 +14,7 @@ from heatkv_cli.config import conf_dir
 from heatkv_cli.config.groups import load_yaml
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 from heatkv_cli.models.weights import WeightFile, find_file
+from heatkv_cli.pipeline.contact_sheet import write_contact_sheet
 from heatkv_cli.results import load_json
 from heatkv_cli.results.files import locked, sha256_file
 
@@ -145,3 +146,13 @@ def test_words_that_nobody_can_mean(words: tuple[str, ...], message: str, capsys
     said = capsys.readouterr().err
     assert message in said
     assert said.count("error: ") == 1
+
+
+def test_a_contact_sheet_replaces_a_link(tmp_path: Path) -> None:
+    """Where the link leads, in a folder that others write too, nothing is written."""
+    (tmp_path / "other.png").write_bytes(b"precious")
+    (tmp_path / "sheet.png").symlink_to("other.png")
+    write_contact_sheet(tmp_path / "sheet.png", [], [])
+    assert (tmp_path / "other.png").read_bytes() == b"precious"
+    assert not (tmp_path / "sheet.png").is_symlink()
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -337,7 +338,8 @@ def test_a_score_of_another_type_is_refused(column: str, value: Any, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "damage", ["gone", "empty", "text", "cut", "pickle", "double", "NaN", "place", "outside", "empty name"]
+    "damage",
+    ["gone", "pipe", "empty", "text", "header", "cut", "pickle", "double", "NaN", "place", "outside", "empty name"],
 )
 def test_features_that_cannot_be_read_are_made_again(damage: str, tmp_path: Path, ui: Console) -> None:
     reference = Moments(4)
@@ -348,6 +350,7 @@ def test_features_that_cannot_be_read_are_made_again(damage: str, tmp_path: Path
     content = {
         "empty": b"",
         "text": b"no features",
+        "header": block.read_bytes().replace(b"'descr'", b"'descr(", 1),
         "cut": block.read_bytes()[:-3],
         "pickle": saved(np.array([None])),
         "double": saved(np.zeros((4, 4))),
@@ -355,6 +358,9 @@ def test_features_that_cannot_be_read_are_made_again(damage: str, tmp_path: Path
     }
     if damage == "gone":
         block.unlink()
+    elif damage == "pipe":
+        block.unlink()
+        os.mkfifo(block)
     elif damage in content:
         block.write_bytes(content[damage])
     else:
