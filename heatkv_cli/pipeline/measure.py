@@ -25,7 +25,7 @@ from heatkv_cli.errors import ArtifactError, HeatKVError, SetupError
 from heatkv_cli.metrics.base import Extractor, ImageMetric, Metric, Sample, Score, SetMetric, Value
 from heatkv_cli.metrics.intervals import DEFAULT, Bootstrap
 from heatkv_cli.metrics.scores import Features
-from heatkv_cli.results import Fields, RunFolder
+from heatkv_cli.results import Fields, RunFolder, read_regular
 
 T = TypeVar("T")
 Status = Literal["ok", "partial", "skipped", "failed"]
@@ -373,7 +373,7 @@ class _Blocks:
     def _read(self, name: str) -> Features:
         if _BLOCK_NAME.fullmatch(name):
             try:
-                found = np.load(self._folder.path / name, allow_pickle=False)
+                found = np.load(io.BytesIO(read_regular(self._folder.path / name)), allow_pickle=False)
             except Exception:  # readers raise whatever the bytes lead them to; then it is made again
                 found = None
             whole = isinstance(found, np.ndarray) and found.ndim == 2 and found.dtype == np.float32
