@@ -143,11 +143,11 @@ def compose(
 def _load_plugins(typed: Sequence[Axis], errors: list[ConfigError]) -> None:
     for path in (value for axis in typed if axis.key == "plugin" for ((_, value),) in axis.points):
         try:
-            if path is not None and str(path):
-                check_path(Path(str(path)))
-                load_plugin(Path(str(path)))
+            if isinstance(path, str) and path:  # anything else is told with the types
+                check_path(Path(path))
+                load_plugin(Path(path))
         except SetupError:
-            pass  # no name of a file, which is told with the types, as an empty one is
+            pass  # and so is what is no name of a file
         except ConfigError as error:
             errors.append(error)
 

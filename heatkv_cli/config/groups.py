@@ -61,8 +61,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """Return the content of a YAML file: plain data in a mapping, each value written once.
 
     Raises:
-        ConfigError: it is no regular file, no YAML in UTF-8, no mapping, or repeats values by aliases, of which some
-            hundred bytes can stand for more than any memory holds.
+        ConfigError: it is no regular file, no YAML in UTF-8, no mapping, has a key twice, or repeats values by
+            aliases, of which some hundred bytes can stand for more than any memory holds.
     """
     import yaml  # comes with omegaconf
 
@@ -71,6 +71,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
             if self.check_event(yaml.AliasEvent):
                 raise yaml.YAMLError("it has an alias; write the value out")
             return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [str(key.value) for key, _ in node.value]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise yaml.YAMLError(f"it has {twice} twice")
+            return super().construct_mapping(node, deep)
 
     try:
         content = yaml.load(read_regular(path).decode(), Loader)

@@ -179,6 +179,10 @@ def _fail(item: Evaluated, error: HeatKVError, plan: Plan, table: tables.Table, 
     item.error = error
     ui.error(error)
     table.failed(item)
+    held: BaseException | None = error
+    while held is not None:  # the frames behind an error hold the model and the batch that failed
+        held.__traceback__ = None
+        held = held.__cause__ or held.__context__
 
 
 def _pass_all(item: Evaluated, models: Models, ui: Console) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from heatkv_cli.config import Plan, RunConfig, read_yaml
 from heatkv_cli.console import Console
-from heatkv_cli.metrics.base import SetMetric
+from heatkv_cli.metrics.base import Metric, SetMetric
 from heatkv_cli.metrics.scores import Value
 from heatkv_cli.pipeline.measure import Measured, metric_rows
 from heatkv_cli.pipeline.passes import CHOSEN
@@ -60,12 +60,14 @@ class Table:
         rows = [
             row
             for point in self.infeasible
-            for row in self._without_value(point.cfg, point.run_id, "infeasible", point)
+            for row in self._without_value(point.cfg, point.run_id, "infeasible", point, metrics_of(point.cfg))
         ]
         upsert_results(self.path, rows)
 
-    def _without_value(self, cfg: RunConfig, run_id: str, status: str, point: Any) -> Iterator[dict[str, Any]]:
-        for metric in metrics_of(cfg).values():
+    def _without_value(
+        self, cfg: RunConfig, run_id: str, status: str, point: Any, metrics: Mapping[str, Metric]
+    ) -> Iterator[dict[str, Any]]:
+        for metric in metrics.values():
             yield {
                 **_about(cfg, self.plan),
                 "run_id": run_id,
@@ -79,8 +81,9 @@ class Table:
             }
 
     def failed(self, item: Evaluated) -> None:
-        """Write the rows of a run that failed: one per metric, without a value."""
-        upsert_results(self.path, list(self._without_value(item.job.cfg, item.job.run_id, "failed", item)))
+        """Write the rows of a run that failed: one without a value for each metric that it would have had."""
+        rows = self._without_value(item.job.cfg, item.job.run_id, "failed", item, item.metrics)
+        upsert_results(self.path, list(rows))
 
     def measured(self, item: Evaluated, name: str) -> None:
         """Write the rows of one metric of one run, and the scores of its images."""

@@ -161,7 +161,7 @@ class Resolver:
         digest = config_hash({"model": cfg.model.name, **parts})
         folder = cfg.out / "schedules" / f"{cfg.model.name}-{cfg.method.name}-{cfg.budget.slug}-{digest[:8]}"
         path = folder / SCHEDULE
-        if not _holds(path, plan):
+        if not (_holds(path, plan) and (read_meta(folder) or {}).get("sha256") == plan.sha256):  # or never finished
             write_meta(folder, config_hash=digest, config=cfg.plain())
             plan.save(path)
             finish_meta(folder, sha256=plan.sha256)

@@ -22,9 +22,16 @@ PATIENCE = 5.0
 
 
 def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file, 64 hex digits."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """Return the sha256 of a file, 64 hex digits.
+
+    Raises:
+        OSError: the file cannot be opened or read; it names the file.
+    """
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:  # one that comes while reading does not say of what
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def check_path(path: Path) -> None:

@@ -179,6 +179,7 @@ NAMED = (
         "files/weights/plain.pth",
         (*LPIPS, "metric.lpips.weights=@files@/weights/plain.pth", *OUT),
         (*SAFETENSORS, "an array of objects with code"),
+        chance=REFUSED,
         codes=(3, 4, 6),
     ),
     Kind(
@@ -186,6 +187,7 @@ NAMED = (
         "files/weights/plain.safetensors",
         (*LPIPS, "metric.lpips.weights=@files@/weights/plain.safetensors", *OUT),
         SAFETENSORS,
+        chance=REFUSED,
         codes=(3, 4, 6),
     ),
     Kind(
@@ -200,9 +202,16 @@ NAMED = (
 """Files that a user names."""
 
 _REMADE = tuple(way for way in NO_FILE if way != "a folder")
+_ABSENT = ("gone", "a link to nothing", "a link to itself")
+_UNREADABLE = tuple(way for way in SAFETENSORS if way not in _ABSENT)
 LEFT = (
     Kind(
-        "calibration left", "out/calibration/*/calibration.safetensors", CLEAN["schedule"], SAFETENSORS[1:], chances=10
+        "calibration left",
+        "out/calibration/*/calibration.safetensors",
+        CLEAN["schedule"],
+        _UNREADABLE,
+        _ABSENT,
+        chances=10,
     ),
     Kind(
         "record of a calibration", "out/calibration/*/meta.json", CLEAN["schedule"], (), (*NO_FILE, *NO_DATA, *NO_JSON)

@@ -16,7 +16,7 @@ SMALL = (*SINKS, "budget=0.1")
 
 VARIABLES = {
     "HEATKV_OUT": ("/dev/null", "/proc/x", "x" * LONG, "/dev/full/x", "@files@/prompts.txt", "@files@/prompts.txt/x"),
-    "HEATKV_WEIGHTS_DIR": ("x" * LONG, "@files@/" + "y" * 300),
+    "HEATKV_WEIGHTS_DIR": ("/nonexistent", "/dev/null", "x" * LONG, "@files@/" + "y" * 300),
     "HEATKV_DATA": ("x" * LONG, "@files@/" + "y" * 300, "/dev/null", "@files@/prompts.txt"),
     "HF_HOME": ("x" * LONG, "/dev/null"),
 }
@@ -34,7 +34,7 @@ INDIFFERENT = {
     "XDG_CACHE_HOME": ("/dev/null", "x" * LONG),
     "TORCH_HOME": ("/dev/null", "x" * LONG),
     "HEATKV_OUT": ("", "x" * LONG, "/dev/null", "${seed}", "${oc.env:HOME}", "a,b", "[1]", "\x1b[31m", "{a:1}"),
-    "HEATKV_WEIGHTS_DIR": ("", "/nonexistent", "/dev/null", "${nosuch}"),
+    "HEATKV_WEIGHTS_DIR": ("",),
     "HEATKV_DATA": ("", "/dev/null", "x" * LONG, "\x1b[31m"),
     "HF_HUB_CACHE": ("", "/dev/null", "x" * LONG),
     "USER": ("",),

@@ -336,7 +336,6 @@ def sweeps(draw: random.Random) -> Iterator[Case]:
         "method=sinks budget=0.1 contact_sheet=0": "budget=0.1",
         "++seed=0 budget=0.1": "budget=0.1",
         "+seed=0 budget=0.1": "budget=0.1",
-        "method.share_cfg=false budget=0.1": "budget=0.1",
         "bootstrap.seed=3 budget=0.1": "budget=0.1",
     }
     for odd, sound in same.items():

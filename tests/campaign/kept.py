@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 TIMES = {"created_utc", "finished_utc", "seconds_per_image", "seconds", "text_seconds", "load_seconds"}
-TIMES |= {"starts", "command", "git_dirty", "key"}
+TIMES |= {"starts", "command", "git_dirty", "key", "sha256_row"}
 """Names of columns and keys that differ from run to run: times, who wrote it, digests of lines with times."""
 
 DATA = (".png", ".safetensors", ".npy", ".npz")

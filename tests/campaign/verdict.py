@@ -126,7 +126,9 @@ class Judge:
         pictures = {
             (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
             for path in out.rglob("*.png")
-            if path.is_file() and "calibration" not in path.parts
+            if path.is_file()
+            and not path.is_symlink()
+            and "calibration" not in path.parts  # a link's end may not be read
         }
         document = _document(ended.stdout) if "--json" in case.argv and not case.stdout else None
         return {"code": ended.code, "pictures": pictures, "rows": set(_rows(out)), "document": _lasting(document)}

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from heatkv_cli.planning import job
 from heatkv_cli.planning.resolver import Resolver
 
 Capture = pytest.CaptureFixture[str]
+Call = Callable[..., dict[str, Any]]
 Row = dict[str, str]
 RUNS = [("full", "1"), ("heatkv", "0.2"), ("heatkv", "0.1")]
 FAST = ["runtime.threads=1", "warmup=0"]
@@ -38,13 +40,6 @@ SMALL_2B = [
     "model.params.tokenizer.base_channels=32",
     "model.params.tokenizer.multipliers=[1,1]",
 ]
-
-
-def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
-    """Run a command with --json and return its document."""
-    assert run([*arguments, "--json"]) == code, capsys.readouterr().err
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return document
 
 
 def read(path: str | Path) -> list[Row]:
@@ -167,9 +162,9 @@ def made(seconds: dict[Any, float]) -> Pass:
     return Pass(seconds, 0.0, 0.0, 0.0, (), {}, 0, Memory(), Memory())
 
 
-def test_bytes_are_those_of_eval(rows: list[Row], out: Path, capsys: Capture) -> None:
+def test_bytes_are_those_of_eval(rows: list[Row], out: Path, call: Call) -> None:
     arguments = ["method=full,heatkv", "budget=0.2,0.1", "metric=psnr", "limit=1", "contact_sheet=0", f"out={out}"]
-    report = call(capsys, "eval", *arguments, "runtime.batch_size=1", "runtime.threads=1")
+    report = call("eval", *arguments, "runtime.batch_size=1", "runtime.threads=1")
     for name in ("beta_live", "beta_alloc", "beta_meta", "attended_tokens", "attended_ratio"):
         measured = table(rows, name)
         for item in report["runs"]:
@@ -226,18 +221,16 @@ def test_an_interruption_keeps_what_was_measured(
     assert {(r["method"], r["repeats"]) for r in read(path)} == {("full", "1"), ("streaming", "1")}
 
 
-def test_random_weights_of_real_names_in_bfloat16(tmp_path: Path, capsys: Capture) -> None:
-    document = call(
-        capsys, "bench", *SMALL_2B, "method=random", "budget=0.2", "repeats=1", f"out={tmp_path}", "limit=1", *FAST
-    )
+def test_random_weights_of_real_names_in_bfloat16(tmp_path: Path, call: Call) -> None:
+    document = call("bench", *SMALL_2B, "method=random", "budget=0.2", "repeats=1", f"out={tmp_path}", "limit=1", *FAST)
     rows = read(document["path"])
     assert {r["weights_sha256"] for r in rows} == {"random"} and {r["dtype"] for r in rows} == {"bfloat16"}
     assert {r["resolution"] for r in rows} == {"0.06M"}
     assert math.isclose(document["runs"][0]["beta_alloc"], 1)
 
 
-def test_random_weights_need_no_files_to_be_planned(tmp_path: Path, capsys: Capture) -> None:
-    planned = call(capsys, "bench", "model=infinity-2b", "weights=random", f"out={tmp_path}", "--dry-run")
+def test_random_weights_need_no_files_to_be_planned(tmp_path: Path, call: Call) -> None:
+    planned = call("bench", "model=infinity-2b", "weights=random", f"out={tmp_path}", "--dry-run")
     assert not planned["missing"] and planned["runs"][0]["runtime"]["batch_size"] == 1
     assert not list(tmp_path.iterdir())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from heatkv_cli.config import compose
 from heatkv_cli.pipeline import files
 
 Capture = pytest.CaptureFixture[str]
+Call = Callable[..., dict[str, Any]]
 STYLES = ("anime", "concept-art", "paintings", "photo")
 CONF = Path(__file__).resolve().parents[2] / "conf" / "benchmark"
 
@@ -57,14 +59,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
     return fake
 
 
-def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
-    assert run(["download", *arguments, "--json"]) == code
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return document
-
-
-def test_a_folder_of_prompts(hub: FakeHub, tmp_path: Path, capsys: Capture) -> None:
-    report = call(capsys, "benchmark=hpsv2")
+def test_a_folder_of_prompts(hub: FakeHub, tmp_path: Path, call: Call) -> None:
+    report = call("download", "benchmark=hpsv2")
     data = tmp_path / "data" / "hpsv2"
     assert sorted(path.name for path in data.iterdir()) == sorted(f"{style}.json" for style in STYLES)
     assert report["bytes"] == sum(map(len, hub.tree["zhwang/HPDv2"].values()))
@@ -72,14 +68,14 @@ def test_a_folder_of_prompts(hub: FakeHub, tmp_path: Path, capsys: Capture) -> N
     assert report["revisions"] == {"zhwang/HPDv2": revision} and {r for _, r in hub.fetched} == {revision}
     (data / "photo.json").unlink()
     (data / "anime.json").write_text(json.dumps([f"mine {i}" for i in range(800)]))
-    call(capsys, "benchmark=hpsv2")
+    call("download", "benchmark=hpsv2")
     assert [path for path, _ in hub.fetched[4:]] == ["benchmark/photo.json"]  # only what is missing
     assert "mine 0" in (data / "anime.json").read_text()  # what is there is never replaced
-    assert call(capsys, "benchmark=hpsv2")["files"] == [] and len(hub.fetched) == 5
+    assert call("download", "benchmark=hpsv2")["files"] == [] and len(hub.fetched) == 5
 
 
-def test_prompts_and_images(hub: FakeHub, tmp_path: Path, capsys: Capture) -> None:
-    call(capsys, "benchmark=mjhq30k")
+def test_prompts_and_images(hub: FakeHub, tmp_path: Path, call: Call, capsys: Capture) -> None:
+    call("download", "benchmark=mjhq30k")
     assert [path for path, _ in hub.fetched] == ["meta_data.json"]
     assert run(["download", "benchmark=mjhq30k", "--images"]) == 0
     table, said = capsys.readouterr()
@@ -87,26 +83,26 @@ def test_prompts_and_images(hub: FakeHub, tmp_path: Path, capsys: Capture) -> No
     assert f"unzip -q {folder}/mjhq30k_imgs.zip -d {folder}/mjhq30k_imgs" in said
     assert "none stated" in table and "resolve/main/mjhq30k_imgs.zip" in table
     assert (folder / "mjhq30k_imgs.zip").read_bytes() == b"PK"
-    assert call(capsys, "benchmark=mjhq30k", "--images")["files"] == []
+    assert call("download", "benchmark=mjhq30k", "--images")["files"] == []
 
 
-def test_what_came_is_read(hub: FakeHub, capsys: Capture) -> None:
+def test_what_came_is_read(hub: FakeHub, call: Call) -> None:
     hub.tree["zhwang/HPDv2"]["benchmark/photo.json"] = b'["one"]'
-    (error,) = call(capsys, "benchmark=hpsv2", code=3)["errors"]
+    (error,) = call("download", "benchmark=hpsv2", code=3)["errors"]
     assert "has 2401 prompts, expected 3200" in error["error"]
 
 
-def test_what_the_repository_lacks_is_said_before(hub: FakeHub, capsys: Capture) -> None:
+def test_what_the_repository_lacks_is_said_before(hub: FakeHub, call: Call) -> None:
     del hub.tree["zhwang/HPDv2"]["benchmark/photo.json"]
-    (error,) = call(capsys, "benchmark=hpsv2", code=3)["errors"]
+    (error,) = call("download", "benchmark=hpsv2", code=3)["errors"]
     assert "has no benchmark/photo.json" in error["error"] and not hub.fetched
 
 
-def test_dry_run_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture) -> None:
+def test_dry_run_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: Call) -> None:
     monkeypatch.setattr(files, "hub", lambda: pytest.fail("the hub was asked"))
     monkeypatch.setenv("HEATKV_DATA", str(tmp_path / "data"))
-    assert call(capsys, "benchmark=hpsv2", "--dry-run")["bytes"] == 274_547
-    assert call(capsys, "benchmark=mjhq30k", "--images", "--dry-run")["bytes"] == 3_608_820_000
+    assert call("download", "benchmark=hpsv2", "--dry-run")["bytes"] == 274_547
+    assert call("download", "benchmark=mjhq30k", "--images", "--dry-run")["bytes"] == 3_608_820_000
     assert not (tmp_path / "data").exists()
 
 
@@ -131,16 +127,16 @@ def not_on_hub() -> list[str]:
 
 
 @pytest.mark.parametrize("name", not_on_hub())
-def test_what_is_not_on_the_hub_says_where_it_is(hub: FakeHub, name: str, tmp_path: Path, capsys: Capture) -> None:
-    (error,) = call(capsys, f"benchmark={name}", code=3)["errors"]
+def test_what_is_not_on_the_hub_says_where_it_is(hub: FakeHub, name: str, tmp_path: Path, call: Call) -> None:
+    (error,) = call("download", f"benchmark={name}", code=3)["errors"]
     content = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert "is not on the hub" in error["error"] and content["source"] in error["error"]
     assert str(tmp_path / "data" / content["file"]) in error["fix"]
 
 
-def test_bundled_prompts_need_nothing(hub: FakeHub, capsys: Capture) -> None:
-    assert call(capsys, "benchmark=shapes")["files"] == []
-    (error,) = call(capsys, "benchmark=shapes", "--images", code=2)["errors"]
+def test_bundled_prompts_need_nothing(hub: FakeHub, call: Call) -> None:
+    assert call("download", "benchmark=shapes")["files"] == []
+    (error,) = call("download", "benchmark=shapes", "--images", code=2)["errors"]
     assert "has no images on the hub" in error["error"]
 
 
@@ -153,8 +149,8 @@ def test_bundled_prompts_need_nothing(hub: FakeHub, capsys: Capture) -> None:
         (["tiny", "--images"], "benchmark=NAME"),
     ],
 )
-def test_what_cannot_be_meant(hub: FakeHub, arguments: list[str], words: str, capsys: Capture) -> None:
-    (error,) = call(capsys, *arguments, code=2)["errors"]
+def test_what_cannot_be_meant(hub: FakeHub, arguments: list[str], words: str, call: Call) -> None:
+    (error,) = call("download", *arguments, code=2)["errors"]
     assert words in error["fix"]
 
 

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from heatkv_cli.cli import run
 from heatkv_cli.config import choices
 from heatkv_cli.metrics.pictures import read_image
 from heatkv_cli.pipeline import samples
 
-Capture = pytest.CaptureFixture[str]
-
-
-def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
-    assert run([*arguments, "--json"]) == code, capsys.readouterr().err
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return document
+Call = Callable[..., dict[str, Any]]
 
 
 def rows(path: str) -> list[dict[str, str]]:
@@ -37,11 +30,8 @@ def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["attention", "batch"])
-def test_noise_floor_is_a_row_of_full_against_full(
-    kind: str, tmp_path: Path, capsys: Capture, no_weights: None
-) -> None:
+def test_noise_floor_is_a_row_of_full_against_full(kind: str, tmp_path: Path, call: Call, no_weights: None) -> None:
     report = call(
-        capsys,
         "eval",
         "method=streaming",
         "budget=0.2",
@@ -80,7 +70,7 @@ def test_noise_floor_is_a_row_of_full_against_full(
     [("shapes", 1, 1), ("kl", 0, 0), ("psnr", 1, 1), ("ssim,psnr_layout", 1, 2), ("fd_efficientnet_lite0", 1, 1)],
 )
 def test_images_are_read_for_metrics_that_look_at_them(
-    metric: str, own: int, fulls: int, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    metric: str, own: int, fulls: int, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`own`, `fulls`: how often each image of a run's free pass, and of the full run, is read.
 
@@ -95,7 +85,6 @@ def test_images_are_read_for_metrics_that_look_at_them(
 
     monkeypatch.setattr(samples, "read_image", read)
     call(
-        capsys,
         "eval",
         "method=sinks",
         f"metric={metric}",
@@ -113,9 +102,8 @@ def test_images_are_read_for_metrics_that_look_at_them(
     assert {path: seen[path] for path in made} == {path: fulls if "tiny-full" in str(path) else own for path in made}
 
 
-def test_noise_floor_of_batches_needs_batches(tmp_path: Path, capsys: Capture) -> None:
+def test_noise_floor_of_batches_needs_batches(tmp_path: Path, call: Call) -> None:
     document = call(
-        capsys,
         "eval",
         "metric=psnr",
         "method=full",
@@ -130,8 +118,8 @@ def test_noise_floor_of_batches_needs_batches(tmp_path: Path, capsys: Capture) -
     assert "batches of 1" in document["errors"][0]["error"]
 
 
-def test_doctor_has_a_line_for_every_metric(tmp_path: Path, capsys: Capture, no_weights: None) -> None:
-    report = call(capsys, "doctor", "--out", str(tmp_path))
+def test_doctor_has_a_line_for_every_metric(tmp_path: Path, call: Call, no_weights: None) -> None:
+    report = call("doctor", "--out", str(tmp_path))
     lines = {check["what"]: check for check in report["checks"]}
     assert {f"metric {name}" for name in choices("metric")} <= set(lines)
     assert lines["metric ssim"]["ok"] is True and "self-test passed" in lines["metric ssim"]["found"]
@@ -140,16 +128,15 @@ def test_doctor_has_a_line_for_every_metric(tmp_path: Path, capsys: Capture, no_
     assert "alexnet-owt-7be5be79.pth" in missing["found"] and "HEATKV_WEIGHTS_DIR" in missing["found"]
 
 
-def test_the_folder_of_weights_is_the_metrics_too(tmp_path: Path, capsys: Capture, no_weights: None) -> None:
+def test_the_folder_of_weights_is_the_metrics_too(tmp_path: Path, call: Call, no_weights: None) -> None:
     (tmp_path / "weights").mkdir()
     damaged = tmp_path / "weights" / "alexnet-owt-7be5be79.pth"
     damaged.write_bytes(b"no weights at all")
     options = ["--weights", str(damaged.parent), "--out", str(tmp_path / "out")]
-    report = call(capsys, "doctor", *options, code=3)
+    report = call("doctor", *options, code=3)
     (line,) = [check for check in report["checks"] if check["what"] == "metric lpips"]
     assert line["ok"] is False and str(damaged) in line["found"]
     report = call(
-        capsys,
         "eval",
         "method=sinks",
         "metric=lpips",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import defaultdict
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from heatkv_cli.cli import run
 from heatkv_cli.config import choices, compose
 
 Capture = pytest.CaptureFixture[str]
+Call = Callable[..., dict[str, Any]]
 EXPERIMENT = [
     "eval",
     "experiment=methods-tiny",
@@ -27,17 +28,11 @@ SMALL = {"window", "heatkv"}
 """Those that can live on 1 % of tiny's cache: one token a head."""
 
 
-def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
-    assert run([*arguments, "--json"]) == code, capsys.readouterr().err
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return document
-
-
-def test_all_methods_in_one_table(tmp_path: Path, capsys: Capture) -> None:
+def test_all_methods_in_one_table(tmp_path: Path, call: Call) -> None:
     out = str(tmp_path / "out")
-    planned = call(capsys, *EXPERIMENT, "--out", out, "--dry-run", code=6)
+    planned = call(*EXPERIMENT, "--out", out, "--dry-run", code=6)
     assert not Path(out).exists()
-    document = call(capsys, *EXPERIMENT, "--out", out, code=6)
+    document = call(*EXPERIMENT, "--out", out, code=6)
     assert planned["infeasible"] == document["infeasible"]
     assert len(planned["runs"]) == len(document["runs"])
     assert all(one["byte_plan"] for one in planned["runs"])
@@ -61,29 +56,29 @@ def test_all_methods_in_one_table(tmp_path: Path, capsys: Capture) -> None:
     assert {row["metric"] for row in ok} >= {"kl", "psnr", "shapes", "policy_share"}
 
     before = {path: path.stat().st_mtime_ns for path in Path(out).rglob("*.png")}
-    again = call(capsys, *EXPERIMENT, "--out", out, code=6)
+    again = call(*EXPERIMENT, "--out", out, code=6)
     assert before == {path: path.stat().st_mtime_ns for path in Path(out).rglob("*.png")}, "made twice"
     assert again["runs"] == document["runs"]
 
     compared = tmp_path / "compared.csv"
-    call(capsys, "report", "compare", "--out", out, "--metrics", "kl,psnr,shapes", "--to", str(compared))
+    call("report", "compare", "--out", out, "--metrics", "kl,psnr,shapes", "--to", str(compared))
     with compared.open(newline="") as f:
         pairs = list(csv.DictReader(f))
     assert {r["other"] for r in pairs if r["budget"] == "0.1"} == methods - {"heatkv"}
     table = tmp_path / "methods.md"
-    call(capsys, "report", "table", document["path"], "--compared", str(compared), "--to", str(table))
+    call("report", "table", document["path"], "--compared", str(compared), "--to", str(table))
     lines = table.read_text().splitlines()
     assert sum(line.startswith("| ") for line in lines) == 2 + 1 + 2 * len(methods)
     assert sum("does not exist: budget 0.01" in line for line in lines) == len(refused)
     assert "heatkv - this, kl" in lines[0]
 
 
-def test_a_sweep_of_which_nothing_can_exist_is_an_error(tmp_path: Path, capsys: Capture) -> None:
-    document = call(capsys, "eval", "method=snapkv,heatkv", "budget=0.002", "--out", str(tmp_path), code=2)
+def test_a_sweep_of_which_nothing_can_exist_is_an_error(tmp_path: Path, call: Call) -> None:
+    document = call("eval", "method=snapkv,heatkv", "budget=0.002", "--out", str(tmp_path), code=2)
     assert len(document["errors"]) == 2
     assert all("smallest feasible" in error["error"] for error in document["errors"])
     words = ["eval", "method=snapkv,heatkv", "budget=0.002", "--out", str(tmp_path), "--dry-run"]
-    assert call(capsys, *words, code=2) == document
+    assert call(*words, code=2) == document
 
 
 def test_a_dry_run_says_what_is_left_out_and_bench_refuses_it(capsys: Capture, tmp_path: Path) -> None:
@@ -98,9 +93,9 @@ def test_a_dry_run_says_what_is_left_out_and_bench_refuses_it(capsys: Capture, t
     assert f"error: {reason}" in capsys.readouterr().err
 
 
-def test_a_dry_run_tells_first_what_is_missing(capsys: Capture, tmp_path: Path) -> None:
+def test_a_dry_run_tells_first_what_is_missing(call: Call, tmp_path: Path) -> None:
     words = ["model=infinity-2b", "method=random", "budget=0.001", "--weights", str(tmp_path), "--dry-run"]
-    document = call(capsys, "generate", *words, code=3)
+    document = call("generate", *words, code=3)
     assert document["missing"]
     assert [point["method"] for point in document["infeasible"]] == ["random"]
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ import torch
 from PIL import Image
 
 from heatkv_cli.calibration.calibration import Calibration
-from heatkv_cli.cli import run
 from heatkv_cli.models.infinity.sampling import bit_kl
 
-Capture = pytest.CaptureFixture[str]
+Call = Callable[..., dict[str, Any]]
 SMALL = ["runtime.batch_size=4", "runtime.threads=1"]
 TIMED = {"seconds", "numbers"}
 
@@ -31,13 +31,6 @@ TIMED = {"seconds", "numbers"}
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder for the module: what one test has made, another finds."""
     return tmp_path_factory.mktemp("out")
-
-
-def call(capsys: Capture, *arguments: str, code: int = 0) -> dict[str, Any]:
-    """Run a command with --json and return its document."""
-    assert run([*arguments, "--json"]) == code, capsys.readouterr().err
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return document
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -55,8 +48,8 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_straight_line(out: Path, capsys: Capture) -> None:
-    calibrated = call(capsys, "calibrate", "--model", "tiny", "--out", str(out), *SMALL)
+def test_straight_line(out: Path, call: Call) -> None:
+    calibrated = call("calibrate", "--model", "tiny", "--out", str(out), *SMALL)
     assert set(calibrated["stability"]["jaccard"]) == {"0.2", "0.1", "0.04"}
     assert set(calibrated["overlap"]["jaccard"]) == {"0.2", "0.1", "0.04"}
     path = Path(calibrated["path"])
@@ -64,14 +57,12 @@ def test_straight_line(out: Path, capsys: Capture) -> None:
     assert [Path(each) for each in calibrated["figures"]] == [path.with_name(name) for name in names]
     assert all(path.with_name(name).stat().st_size > 1000 for name in names)
     before = path.stat().st_mtime_ns
-    built = call(capsys, "build-schedule", "budget=0.1", "--out", str(out), *SMALL)
+    built = call("build-schedule", "budget=0.1", "--out", str(out), *SMALL)
     assert path.stat().st_mtime_ns == before, "a calibration that is there was made again"
     assert built["physical_peak_ratio"] <= 0.1
-    made = call(capsys, "generate", "method=heatkv", "budget=0.1", "--limit", "6", "--out", str(out), *SMALL)
+    made = call("generate", "method=heatkv", "budget=0.1", "--limit", "6", "--out", str(out), *SMALL)
     assert made["images"] == 6
-    report = call(
-        capsys, "eval", "method=full,streaming,heatkv", "budget=0.2,0.1", "--limit", "6", "--out", str(out), *SMALL
-    )
+    report = call("eval", "method=full,streaming,heatkv", "budget=0.2,0.1", "--limit", "6", "--out", str(out), *SMALL)
     runs = {(r["method"], r["budget"]): r for r in report["runs"]}
     assert set(runs) == {("full", "1"), *((m, b) for m in ("streaming", "heatkv") for b in ("0.2", "0.1"))}
     for (method, budget), item in runs.items():
@@ -85,8 +76,8 @@ def test_straight_line(out: Path, capsys: Capture) -> None:
     assert Path(report["contact_sheet"]).exists()
 
 
-def test_calibration_holds_what_methods_need(out: Path, capsys: Capture) -> None:
-    path = call(capsys, "calibrate", "--out", str(out), *SMALL)["path"]
+def test_calibration_holds_what_methods_need(out: Path, call: Call) -> None:
+    path = call("calibrate", "--out", str(out), *SMALL)["path"]
     calibration = Calibration.load(path)
     geometry, prompts = calibration.geometry, len(calibration.seeds)
     assert prompts == 10
@@ -98,21 +89,21 @@ def test_calibration_holds_what_methods_need(out: Path, capsys: Capture) -> None
     assert bool((calibration.variance >= 0).all())
 
 
-def test_limit_and_shards_resume_and_merge(tmp_path: Path, capsys: Capture) -> None:
+def test_limit_and_shards_resume_and_merge(tmp_path: Path, call: Call) -> None:
     base = ["generate", "method=streaming", "budget=0.2", *SMALL, "--out"]
-    whole = Path(call(capsys, *base, str(tmp_path / "a"), "--limit", "12")["path"])
+    whole = Path(call(*base, str(tmp_path / "a"), "--limit", "12")["path"])
     parts = tmp_path / "b"
-    call(capsys, *base, str(parts), "--limit", "3")
+    call(*base, str(parts), "--limit", "3")
     for shard in ("0/2", "1/2"):
-        call(capsys, *base, str(parts), "--limit", "12", "--shard", shard)
-    merged = Path(call(capsys, *base, str(parts), "--limit", "12")["path"])
+        call(*base, str(parts), "--limit", "12", "--shard", shard)
+    merged = Path(call(*base, str(parts), "--limit", "12")["path"])
     assert hashes(merged) == hashes(whole)
     assert manifest(merged) == manifest(whole)
 
 
-def test_kill_at_random_points_loses_nothing(tmp_path: Path, capsys: Capture) -> None:
+def test_kill_at_random_points_loses_nothing(tmp_path: Path, call: Call) -> None:
     base = ["generate", "method=full", "--limit", "32", *SMALL, "--out"]
-    undisturbed = Path(call(capsys, *base, str(tmp_path / "a"))["path"])
+    undisturbed = Path(call(*base, str(tmp_path / "a"))["path"])
     rng, command = random.Random(0), [sys.executable, "-m", "heatkv_cli", *base, str(tmp_path / "b")]
     for goal in (1, 9, 18):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -124,24 +115,21 @@ def test_kill_at_random_points_loses_nothing(tmp_path: Path, capsys: Capture) ->
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    resumed = Path(call(capsys, *base, str(tmp_path / "b"))["path"])
+    resumed = Path(call(*base, str(tmp_path / "b"))["path"])
     assert hashes(resumed) == hashes(undisturbed)
     assert manifest(resumed) == manifest(undisturbed)
 
 
-def test_full_budget_is_the_full_cache(out: Path, capsys: Capture) -> None:
-    full = Path(call(capsys, "generate", "method=full", "--limit", "4", "--out", str(out), *SMALL)["path"])
-    same = Path(
-        call(capsys, "generate", "method=heatkv", "budget=1.0", "--limit", "4", "--out", str(out), *SMALL)["path"]
-    )
+def test_full_budget_is_the_full_cache(out: Path, call: Call) -> None:
+    full = Path(call("generate", "method=full", "--limit", "4", "--out", str(out), *SMALL)["path"])
+    same = Path(call("generate", "method=heatkv", "budget=1.0", "--limit", "4", "--out", str(out), *SMALL)["path"])
     pictures = [name for name in hashes(same) if name.endswith(".png")]
     assert len(pictures) == 4
     assert {name: hashes(same)[name] for name in pictures} == {name: hashes(full)[name] for name in pictures}
 
 
-def test_scores_of_a_shard_bear_the_names_of_its_images(tmp_path: Path, capsys: Capture) -> None:
+def test_scores_of_a_shard_bear_the_names_of_its_images(tmp_path: Path, call: Call) -> None:
     call(
-        capsys,
         "eval",
         "method=full",
         "metric=shapes",
@@ -161,9 +149,8 @@ def test_scores_of_a_shard_bear_the_names_of_its_images(tmp_path: Path, capsys: 
     assert names == made
 
 
-def test_noise_floor_is_full_against_full(out: Path, capsys: Capture) -> None:
+def test_noise_floor_is_full_against_full(out: Path, call: Call) -> None:
     report = call(
-        capsys,
         "eval",
         "method=full",
         "runtime.attention=masked",
@@ -179,12 +166,11 @@ def test_noise_floor_is_full_against_full(out: Path, capsys: Capture) -> None:
     assert -1e-12 < item["metrics"]["kl"][0]["value"] < 1e-4**2 / 8
 
 
-def test_seeds_belong_to_images(tmp_path: Path, capsys: Capture) -> None:
+def test_seeds_belong_to_images(tmp_path: Path, call: Call) -> None:
     """Another batch size draws the same numbers: images agree but for float kernels."""
     paths = [
         Path(
             call(
-                capsys,
                 "generate",
                 "method=full",
                 "--limit",
@@ -220,35 +206,35 @@ def test_kl_of_bits_against_a_literal_sum() -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other model", "no such file"])
-def test_bad_artifacts(damage: str, out: Path, tmp_path: Path, capsys: Capture) -> None:
-    source = Path(call(capsys, "calibrate", "--out", str(out), *SMALL)["path"])
+def test_bad_artifacts(damage: str, out: Path, tmp_path: Path, call: Call) -> None:
+    source = Path(call("calibrate", "--out", str(out), *SMALL)["path"])
     bad, extra = tmp_path / "calibration.safetensors", ["model=tiny"]
     if damage == "truncated":
         bad.write_bytes(source.read_bytes()[:-100])
     elif damage == "other model":
         bad.write_bytes(source.read_bytes())
         extra = ["model=infinity-2b"]
-    document = call(capsys, "build-schedule", *extra, f"calibration={bad}", "--out", str(tmp_path), code=4)
+    document = call("build-schedule", *extra, f"calibration={bad}", "--out", str(tmp_path), code=4)
     (error,) = document["errors"]
     assert error["fix"]
     expected = {"truncated": str(bad), "other model": "infinity-2b", "no such file": str(bad)}[damage]
     assert expected in error["error"]
 
 
-def test_the_command_after_a_schedule_uses_it(tmp_path: Path, capsys: Capture) -> None:
+def test_the_command_after_a_schedule_uses_it(tmp_path: Path, call: Call) -> None:
     words = ["method=random", "rho=0.7", f"out={tmp_path}"]
-    assert call(capsys, "build-schedule", *words)["next"] == " ".join(["heatkv generate", *words])
+    assert call("build-schedule", *words)["next"] == " ".join(["heatkv generate", *words])
 
 
 @pytest.mark.parametrize("name", ["generate", "eval"])
-def test_infeasible_budget_names_the_smallest(name: str, tmp_path: Path, capsys: Capture) -> None:
-    document = call(capsys, name, "method=heatkv", "budget=0.001", "--out", str(tmp_path), code=2)
+def test_infeasible_budget_names_the_smallest(name: str, tmp_path: Path, call: Call) -> None:
+    document = call(name, "method=heatkv", "budget=0.001", "--out", str(tmp_path), code=2)
     assert "1/155" in document["errors"][0]["fix"]
 
 
-def test_generate_goes_on_past_a_budget_that_cannot_be(tmp_path: Path, capsys: Capture) -> None:
+def test_generate_goes_on_past_a_budget_that_cannot_be(tmp_path: Path, call: Call) -> None:
     words = ["method=heatkv,sinks", "budget=0.001,0.2", "--limit", "1", "--out", str(tmp_path)]
-    document = call(capsys, "generate", *words, code=6)
+    document = call("generate", *words, code=6)
     assert document["status"] == "partial"
     assert [(point["method"], point["budget"]) for point in document["infeasible"]] == [
         ("heatkv", "0.001"),
@@ -262,11 +248,10 @@ def test_generate_goes_on_past_a_budget_that_cannot_be(tmp_path: Path, capsys: C
     assert all(list(Path(report["path"]).glob("*.png")) for report in document["runs"])
 
 
-def test_unknown_word_in_a_prompt(tmp_path: Path, capsys: Capture) -> None:
+def test_unknown_word_in_a_prompt(tmp_path: Path, call: Call) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circel on white\n")
     document = call(
-        capsys,
         "generate",
         "method=full",
         "benchmark=prompts",

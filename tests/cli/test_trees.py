@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from heatkv_cli.cli import run
-
-Capture = pytest.CaptureFixture[str]
+Call = Callable[..., dict[str, Any]]
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a red circle on white"},
     {
@@ -37,19 +36,17 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["--limit", "all", "--out", str(tmp_path / "out")]
 
 
-def generate(capsys: Capture, *words: str, code: int = 0) -> dict[str, Any]:
+def generate(call: Call, *words: str, code: int = 0) -> dict[str, Any]:
     new = [word for word in NEW if "hpsv2" not in " ".join(words) or "sha256" not in word]
-    assert run(["generate", *new, *words, "--json"]) == code
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return document
+    return call("generate", *new, *words, code=code)
 
 
 def below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_genevals_tree(words: list[str], capsys: Capture) -> None:
-    (report,) = generate(capsys, "benchmark=geneval", *words)["runs"]
+def test_genevals_tree(words: list[str], call: Call) -> None:
+    (report,) = generate(call, "benchmark=geneval", *words)["runs"]
     tree, made = Path(report["tree"]), Path(report["path"])
     numbered = [f"{i:05}/samples/{k:04}.png" for i in range(2) for k in range(4)]
     assert below(tree) == sorted(["00000/metadata.jsonl", "00001/metadata.jsonl", *numbered])
@@ -61,42 +58,41 @@ def test_genevals_tree(words: list[str], capsys: Capture) -> None:
     pairs[0][0].unlink()
     pairs[1][0].unlink()
     pairs[1][0].write_bytes(b"cut")
-    generate(capsys, "benchmark=geneval", *words)
+    generate(call, "benchmark=geneval", *words)
     assert all(theirs.read_bytes() == ours.read_bytes() for theirs, ours in pairs)
 
 
-def test_genevals_tree_from_shards(words: list[str], capsys: Capture) -> None:
+def test_genevals_tree_from_shards(words: list[str], call: Call) -> None:
     for shard in ("0/2", "1/2"):
-        (report,) = generate(capsys, "benchmark=geneval", *words, "--shard", shard)["runs"]
+        (report,) = generate(call, "benchmark=geneval", *words, "--shard", shard)["runs"]
     assert len(list(Path(report["tree"]).rglob("*.png"))) == 8
 
 
-def test_hpsv2s_tree(words: list[str], capsys: Capture) -> None:
-    (report,) = generate(capsys, "benchmark=hpsv2", *words)["runs"]
+def test_hpsv2s_tree(words: list[str], call: Call) -> None:
+    (report,) = generate(call, "benchmark=hpsv2", *words)["runs"]
     assert below(Path(report["tree"])) == ["anime/00000.jpg", "anime/00001.jpg"]
     made = Path(report["path"]) / "anime-00001.png"
     assert (Path(report["tree"]) / "anime" / "00001.jpg").samefile(made)
 
 
-def test_copies_where_there_are_no_links(words: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_where_there_are_no_links(words: list[str], call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no hard links here")
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    (report,) = generate(capsys, "benchmark=hpsv2", *words)["runs"]
+    (report,) = generate(call, "benchmark=hpsv2", *words)["runs"]
     copy, made = Path(report["tree"]) / "anime" / "00000.jpg", Path(report["path"]) / "anime-00000.png"
     assert copy.read_bytes() == made.read_bytes() and not copy.samefile(made)
 
 
-def test_a_list_that_does_not_fit_is_told_before_images(words: list[str], tmp_path: Path, capsys: Capture) -> None:
+def test_a_list_that_does_not_fit_is_told_before_images(words: list[str], tmp_path: Path, call: Call) -> None:
     (tmp_path / "data" / "geneval" / "evaluation_metadata.jsonl").write_text('{"prompt": "a red circle on white"}\n')
-    (error,) = generate(capsys, "benchmark=geneval", *words, code=2)["errors"]
+    (error,) = generate(call, "benchmark=geneval", *words, code=2)["errors"]
     assert "not of GenEval's list" in error["error"]
-    (error,) = generate(capsys, "benchmark=hpsv2", "benchmark.samples_per_prompt=2", *words, code=2)["errors"]
+    (error,) = generate(call, "benchmark=hpsv2", "benchmark.samples_per_prompt=2", *words, code=2)["errors"]
     assert "one image a prompt" in error["error"]
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_other_benchmarks_have_no_tree(words: list[str], capsys: Capture) -> None:
-    assert run(["generate", "--limit", "1", "--json", *words[2:]]) == 0
-    assert "tree" not in json.loads(capsys.readouterr().out)["runs"][0]
+def test_other_benchmarks_have_no_tree(words: list[str], call: Call) -> None:
+    assert "tree" not in call("generate", "--limit", "1", *words[2:])["runs"][0]

@@ -15,7 +15,7 @@ from heatkv_cli.config.groups import load_yaml
 from heatkv_cli.errors import ArtifactError, ConfigError, SetupError
 from heatkv_cli.models.weights import WeightFile, find_file
 from heatkv_cli.results import load_json
-from heatkv_cli.results.files import locked
+from heatkv_cli.results.files import locked, sha256_file
 
 
 @pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
@@ -39,6 +39,8 @@ BOMB = "a: &a [x, x, x]\nb: &b [*a, *a, *a]\n"
         (b"a:\n\tb: 1\n", "cannot start any token"),
         (b"!!python/object/apply:os.system [ls]\n", "constructor"),
         (BOMB.encode(), "alias"),
+        (b"a: 1\nb: 2\na: 3\n", "a twice"),
+        (b"a: {b: 1, b: 2}\n", "b twice"),
         (b"a: " + b"[" * 5000 + b"]" * 5000, "yaml"),
     ],
 )
@@ -85,6 +87,12 @@ def test_a_lock_that_held_garbage(tmp_path: Path) -> None:
     assert (tmp_path / ".lock").read_bytes() == b""
 
 
+def test_a_file_that_breaks_while_it_is_read_is_named() -> None:
+    with pytest.raises(OSError, match="error") as error:
+        sha256_file(Path("/proc/self/mem"))
+    assert error.value.filename == "/proc/self/mem"
+
+
 @pytest.mark.parametrize("target", ["/dev/full", "/dev/zero", "pipe"])
 def test_weights_that_are_no_file(tmp_path: Path, target: str) -> None:
     if target == "pipe":
@@ -128,8 +136,8 @@ def test_an_error_whose_document_finds_no_room(
         (("eval", "seed=" + "{a:" * 1000 + "1" + "}" * 1000), "cannot read the override"),
         (("generate", f"seed={2**63}"), f"seed is {2**63}"),
         (("eval", "--plugin", ""), "plugin is ''"),
+        (("eval", "--plugin", "-1"), "plugin is -1"),
         (("eval", "--plugin", "x" * 5000), "plugin: cannot look at"),
-        (("generate", "--weights", "/nonexistent/folder"), "weights: there is no folder"),
     ],
 )
 def test_words_that_nobody_can_mean(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
