@@ -28,6 +28,7 @@ from heatkv_cli.config import (
     groups,
 )
 from heatkv_cli.config.check import budget_text
+from heatkv_cli.config.groups import read_yaml
 from heatkv_cli.config.sweep import quote
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.errors import ConfigError, ConfigErrors
@@ -56,18 +57,25 @@ def test_every_method_composes_with_every_model(model: str, method: str) -> None
     assert run.model.num_layers * run.model.num_heads >= 64
 
 
+def chosen(group: str, name: str) -> list[str]:
+    """The words that choose a file of conf/: `prompts` wants a list, a benchmark of a world one of its models."""
+    words = [f"{group}={name}", *(["benchmark.file=x.txt"] if name == "prompts" else [])]
+    world = read_yaml(group, name).get("world") if group == "benchmark" else None
+    models = [model for model in choices("model") if world and read_yaml("model", model).get("world") == world]
+    return words + [f"model={model}" for model in models[:1]]
+
+
 @pytest.mark.parametrize("group", ["benchmark", "metric", "runtime", "experiment"])
 def test_every_yaml_composes(group: str) -> None:
     for name in choices(group):
-        extra = ["benchmark.file=prompts.txt"] if name == "prompts" else []
-        assert compose([f"{group}={name}", *extra]).runs
+        assert compose(chosen(group, name)).runs
 
 
 @pytest.mark.parametrize("group", ["model", "method", "benchmark", "metric"])
 def test_every_yaml_bears_its_own_name_and_a_launch_line(group: str) -> None:
     for path in (conf_dir() / group).glob("*.yaml"):
         assert path.read_text().startswith("# heatkv "), f"{path} begins with the command that uses it"
-        plan = compose([f"{group}={path.stem}", *(["benchmark.file=x.txt"] if path.stem == "prompts" else [])])
+        plan = compose(chosen(group, path.stem))
         leaf = plan.first.metrics[0] if group == "metric" else getattr(plan.first, group)
         assert leaf.name == path.stem
 

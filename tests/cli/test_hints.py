@@ -136,7 +136,7 @@ def _exemplary(text: str) -> str:
 @lru_cache(maxsize=1)
 def contexts() -> tuple[tuple[str, ...], ...]:
     """Return choices beside which a key may exist: of a model, a method, a metric, a benchmark."""
-    models = [[f"model={name}"] for name in ("tiny", "infinity-2b", "infinity-8b", "infinity-8b-512")]
+    models = [[f"model={name}"] for name in choices("model")]
     methods = [[f"method={name}", "budget=0.1"] for name in choices("method") if name != "full"]
     metrics = [[f"metric={name}"] for name in choices("metric")]
     others = [["benchmark=geneval"], ["runtime.batch_size=1"], ["model=infinity-2b", "resolution=0.25M"]]
