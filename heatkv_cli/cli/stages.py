@@ -179,4 +179,6 @@ def _next_command(plan: Plan) -> str:
             if not plan.experiment and not any(t.startswith(("budget=", "rho=")) for t in given):
                 given += [] if all(run.method.budgetless for run in plan.runs) else ["budget=0.1"]
         return shlex.join(["heatkv", stage, *given])
-    return "heatkv ls experiments" if plan.experiment else "heatkv eval experiment=demo"
+    if plan.command == "eval":
+        return shlex.join(["heatkv", "report", "table", str(plan.first.out / "results.csv")])
+    return "heatkv ls experiments"

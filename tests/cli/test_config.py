@@ -144,12 +144,12 @@ def test_any_path_survives(path: str) -> None:
     assert compose([f"out={quote(path)}"]).first.out == Path(os.path.expanduser(path))
 
 
-def test_environment_speaks_of_paths_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_speaks_of_paths_and_overrides_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEATKV_OUT", "/elsewhere")
-    monkeypatch.setenv("HEATKV_WEIGHTS_DIR", "/weights")
+    monkeypatch.setenv("HEATKV_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.setenv("HEATKV_BUDGET", "0.5")
     run = one()
-    assert (run.out, run.weights, run.budget.text) == (Path("/elsewhere"), Path("/weights"), "0.1")
+    assert (run.out, run.weights, run.budget.text) == (Path("/elsewhere"), tmp_path, "0.1")
     assert one("out=here").out == Path("here")
     monkeypatch.delenv("HEATKV_OUT")
     assert one().out == Path("runs")

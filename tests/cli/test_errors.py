@@ -328,6 +328,7 @@ def test_success_prints_one_document_and_the_next_command(stage: Any, tmp_path: 
         ("calibrate experiment=demo", "eval experiment=demo"),
         ("build-schedule method=random rho=0.5", "generate method=random rho=0.5"),
         ("generate method=h2o budget=0.2,0.1", "eval method=h2o budget=0.2,0.1"),
+        ("eval experiment=demo --out made", "report table made/results.csv"),
     ],
 )
 def test_the_next_stage_is_for_the_same_choices(
