@@ -13,6 +13,7 @@ import var_golden as golden
 from torch import Tensor
 from var_golden import ABSENT, HERE, RUNS, Recorder, Run
 
+from heatkv_cli.models import parts as parts_module
 from heatkv_cli.models.var import model as model_module
 from heatkv_cli.models.var import sampling as sampling_module
 from heatkv_cli.models.var import tokenizer as tokenizer_module
@@ -52,7 +53,7 @@ def exact_gelu(patch: Patch) -> None:
 
 
 def larger_eps(patch: Patch) -> None:
-    patch.setattr(transformer_module, "NORM_EPS", 1e-4)
+    patch.setattr(parts_module, "NORM_EPS", 1e-4)
 
 
 def values_before_keys(patch: Patch) -> None:

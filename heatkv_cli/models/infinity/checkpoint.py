@@ -89,6 +89,10 @@ def identify(shapes: Mapping[str, Shape]) -> Identity | None:
     return None
 
 
+Identify = Callable[[Mapping[str, Shape]], Identity | None]
+"""A family's eye for what some tensors are."""
+
+
 def identify_entries(entries: Mapping[str, Entry]) -> Identity | None:
     return identify({name: entry.shape for name, entry in entries.items()})
 
@@ -97,13 +101,21 @@ def shapes_of(net: nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
 
 
-def require(path: Path, entries: Mapping[str, Entry], net: nn.Module, model: str) -> Identity | None:
+def require(
+    path: Path, entries: Mapping[str, Entry], net: nn.Module, model: str, told: Identify = identify
+) -> Identity | None:
     """What the file holds.
+
+    Args:
+        path, entries: the file.
+        net: what it shall fill.
+        model: name of the model that is loaded.
+        told: the family's own eye for what tensors are.
 
     Raises:
         ArtifactError: it belongs to another model.
     """
-    found, needed = identify_entries(entries), identify(shapes_of(net))
+    found, needed = told({name: entry.shape for name, entry in entries.items()}), told(shapes_of(net))
     if found is None or needed is None:
         return found
     same_kind = found.kind == needed.kind

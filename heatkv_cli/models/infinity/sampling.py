@@ -15,6 +15,7 @@ from torch.nn.functional import softplus
 
 from heatkv_cli.core.timeline import staged
 from heatkv_cli.errors import ConfigError, raise_all
+from heatkv_cli.models.parts import drop_tail
 
 PerScale = float | tuple[float, ...]
 """One number for all scales, or one per scale."""
@@ -100,12 +101,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Remove values by top-k, then top-p; logits (..., 2)."""
     if top_k == 1:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True), -torch.inf)
-    if top_p > 0:
-        ordered, index = logits.sort(dim=-1)
-        drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
-        drop[..., -1] = False
-        logits = logits.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
-    return logits
+    return drop_tail(logits, top_p)
 
 
 @staged("sampling")

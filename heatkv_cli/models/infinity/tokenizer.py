@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from heatkv_cli.core.timeline import staged
 from heatkv_cli.errors import ConfigError
+from heatkv_cli.models.parts import Pyramid
 
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Pyramid):
     """Shape of the tokenizer.
 
     Args:
@@ -45,27 +46,7 @@ class TokenizerConfig:
         Raises:
             ConfigError: a number that no tokenizer can have.
         """
-        wrong = {
-            "bits": not 1 <= self.bits <= 256,
-            "base_channels": not 1 <= self.base_channels <= 8192,
-            "multipliers": not 1 <= len(self.multipliers) <= 8 or not all(1 <= m <= 64 for m in self.multipliers),
-            "norm_groups": self.norm_groups < 1,
-            "stem": not 1 <= self.stem <= 64,
-        }
-        for name, bad in wrong.items():
-            if bad:
-                raise ConfigError(
-                    f"Infinity's tokenizer: {name} is {getattr(self, name)}", f"change model.params.tokenizer.{name}"
-                )
-
-    @property
-    def stride(self) -> int:
-        """Pixels per latent position."""
-        return self.stem * 2 ** (len(self.multipliers) - 1)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return tuple(self.base_channels * m for m in self.multipliers)
+        self.check("Infinity", {"bits": not 1 <= self.bits <= 256, "norm_groups": self.norm_groups < 1})
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from heatkv_cli.errors import ConfigError
 from heatkv_cli.models.base import Attend
 from heatkv_cli.models.infinity.rope import rotate
 from heatkv_cli.models.infinity.tokenizer import Codes
+from heatkv_cli.models.parts import NORM_EPS, FeedForward, linear, modulate
 
-NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
 LEVELS = 15  # rows of the official level embedding
 
@@ -114,12 +114,6 @@ class Conditioning:
     cross: tuple[tuple[Tensor, Tensor], ...]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Linear layer in `dtype` (None: that of the weight), whatever its numbers come in."""
-    dtype = dtype or weight.dtype
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-
 class SelfAttention(nn.Module):
     """Cosine attention with one learned temperature a head; softmax scale 1."""
 
@@ -175,21 +169,6 @@ class CrossAttention(nn.Module):
         q = linear(x, self.mat_q.weight, self.mat_q.bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, kv[0].to(q.dtype), kv[1].to(q.dtype), attn_mask=mask)
         return linear(y.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    @staged("ffn")
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.gelu(linear(x, self.fc1.weight, self.fc1.bias), approximate="tanh")
-        return linear(y, self.fc2.weight, self.fc2.bias)
-
-
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
 
 
 class Block(nn.Module):

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from heatkv_cli.errors import ArtifactError
 from heatkv_cli.models.infinity import checkpoint as infinity
@@ -62,27 +61,6 @@ def identify(shapes: Mapping[str, Shape]) -> Identity | None:
         released = (codes, channels, levels, numbers.get("widest")) == (4096, 32, 5, 640)
         return Identity("VAR tokenizer", numbers, "vae_ch160v4096z32" if released else "")
     return infinity.identify(shapes)
-
-
-def identify_entries(entries: Mapping[str, Entry]) -> Identity | None:
-    return identify({name: entry.shape for name, entry in entries.items()})
-
-
-def require(path: Path, entries: Mapping[str, Entry], net: nn.Module, model: str) -> Identity | None:
-    """What the file holds.
-
-    Raises:
-        ArtifactError: it belongs to another model.
-    """
-    found, needed = identify_entries(entries), identify(shapes_of(net))
-    if found is None or needed is None:
-        return found
-    if found.kind != needed.kind or any(found.numbers.get(what, n) != n for what, n in needed.numbers.items()):
-        raise ArtifactError(
-            f"{path} holds a {found}, but {model} needs a {needed}",
-            "take the file that conf/model names for this model, or the model this file belongs to",
-        )
-    return found
 
 
 def require_pair(transformer: tuple[Path, Identity | None], tokenizer: tuple[Path, Identity | None]) -> None:

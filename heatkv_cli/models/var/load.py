@@ -13,15 +13,16 @@ from torch import nn
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.errors import ArtifactError
 from heatkv_cli.models.base import Sketch
+from heatkv_cli.models.infinity.checkpoint import require
 from heatkv_cli.models.infinity.containers import Entry, open_checkpoint
 from heatkv_cli.models.infinity.load import check_width
 from heatkv_cli.models.infinity.random_weights import random_entries
 from heatkv_cli.models.var.checkpoint import (
     TOKENIZER_PLACES,
     TRANSFORMER_PLACES,
+    identify,
     load_tokenizer,
     load_transformer,
-    require,
     require_pair,
 )
 from heatkv_cli.models.var.model import VarModel
@@ -89,8 +90,9 @@ def load(
     """
     net, pixels = networks(geometry, width, classes, shared, l2_norm, tokenizer)
     net_path, pixel_path, net_file, pixel_file = _open(files, net, pixels)
-    found = require(net_path, net_file, net, geometry.model)
-    require_pair((net_path, found), (pixel_path, require(pixel_path, pixel_file, pixels, geometry.model)))
+    found = require(net_path, net_file, net, geometry.model, identify)
+    pixels_found = require(pixel_path, pixel_file, pixels, geometry.model, identify)
+    require_pair((net_path, found), (pixel_path, pixels_found))
     load_transformer(net_path, net_file, net, getattr(torch, dtype), device)
     load_tokenizer(pixel_path, pixel_file, pixels, device)
     return VarModel(geometry, net, pixels)

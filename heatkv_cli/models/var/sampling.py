@@ -15,6 +15,7 @@ from torch import Tensor
 
 from heatkv_cli.core.timeline import staged
 from heatkv_cli.errors import ConfigError, raise_all
+from heatkv_cli.models.parts import drop_tail
 
 PerScale = float | tuple[float, ...]
 """One number for all scales, or one per scale."""
@@ -96,12 +97,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1]), -1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p > 0:
-        ordered, index = logits.sort(dim=-1)
-        drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
-        drop[..., -1] = False
-        logits = logits.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
-    return logits
+    return drop_tail(logits, top_p)
 
 
 def _exponential(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:

@@ -14,17 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heatkv_cli.core.timeline import staged
-from heatkv_cli.errors import ConfigError
+from heatkv_cli.models.parts import NORM_EPS, Pyramid
 
 Size = tuple[int, int]
 
-NORM_EPS = 1e-6
 RESIDUAL = 0.5
 """Share of the convolution in phi."""
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Pyramid):
     """Shape of the tokenizer; the defaults are those of `vae_ch160v4096z32`.
 
     Args:
@@ -54,30 +53,16 @@ class TokenizerConfig:
         Raises:
             ConfigError: a number that no tokenizer can have.
         """
-        wrong = {
-            "vocabulary": not 1 <= self.vocabulary <= 2**20,
-            "channels": not 1 <= self.channels <= 4096,
-            "base_channels": not 1 <= self.base_channels <= 8192,
-            "multipliers": not 1 <= len(self.multipliers) <= 8 or not all(1 <= m <= 64 for m in self.multipliers),
-            "blocks": not 1 <= self.blocks <= 64,
-            "norm_groups": self.norm_groups < 1 or any(width % self.norm_groups for width in self.widths),
-            "phi": not 1 <= self.phi <= 64,
-            "stem": not 1 <= self.stem <= 64,
-        }
-        for name, bad in wrong.items():
-            if bad:
-                raise ConfigError(
-                    f"VAR's tokenizer: {name} is {getattr(self, name)}", f"change model.params.tokenizer.{name}"
-                )
-
-    @property
-    def stride(self) -> int:
-        """Pixels per latent position."""
-        return self.stem * 2 ** (len(self.multipliers) - 1)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return tuple(self.base_channels * m for m in self.multipliers)
+        self.check(
+            "VAR",
+            {
+                "vocabulary": not 1 <= self.vocabulary <= 2**20,
+                "channels": not 1 <= self.channels <= 4096,
+                "blocks": not 1 <= self.blocks <= 64,
+                "norm_groups": self.norm_groups < 1 or any(width % self.norm_groups for width in self.widths),
+                "phi": not 1 <= self.phi <= 64,
+            },
+        )
 
 
 def phi_table(scales: int, count: int = 4) -> tuple[int, ...]:

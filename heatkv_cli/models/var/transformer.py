@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from heatkv_cli.core.timeline import staged
 from heatkv_cli.errors import ConfigError
 from heatkv_cli.models.base import Attend
+from heatkv_cli.models.parts import FeedForward, linear, modulate
 from heatkv_cli.models.var.tokenizer import Size
 
-NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
 START_LOG_SCALE = math.log(4)
 
@@ -101,11 +101,6 @@ class Conditioning:
     head: Tensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear layer in the dtype of its weight, whatever its numbers come in."""
-    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
-
-
 class SelfAttention(nn.Module):
     """Projections around attention."""
 
@@ -138,22 +133,6 @@ class SelfAttention(nn.Module):
     def output(self, y: Tensor) -> Tensor:
         """Attention output (R, H, N, D) -> (R, N, C)."""
         return linear(y.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    @staged("ffn")
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.gelu(linear(x, self.fc1.weight, self.fc1.bias), approximate="tanh")
-        return linear(y, self.fc2.weight, self.fc2.bias)
-
-
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm without weights, in float32, then scale and shift."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
 
 
 class Block(nn.Module):
