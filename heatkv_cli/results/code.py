@@ -44,8 +44,8 @@ def run_code_sha256(method: str, model: str) -> str:
 def module_files(target: str) -> set[Path]:
     """Return the files of the module that a dotted path names, and the modules beside it that it imports.
 
-    Modules are "beside" in their own folder; inside heatkv a module in a folder of its own (a model family, a method
-    in parts) stands for the whole folder.
+    Modules are "beside" in their own folder; inside heatkv those of the same room (`models`, `methods`) are, and a
+    module in a folder of its own (a model family, a method in parts) stands for the whole folder.
 
     Args:
         target: dotted path of a class or function, or the path of a Python file.
@@ -54,16 +54,20 @@ def module_files(target: str) -> set[Path]:
         ConfigError: there is no such module.
     """
     path = Path(target) if target.endswith(".py") else _find(target)
-    if path.is_relative_to(PACKAGE):
-        folder = path.parent
-        return {path} if folder.parent == PACKAGE else set(folder.rglob("*.py"))
-    found, todo = set[Path](), [path]
+    found, todo = set[Path](), _whole(path)
     while todo:
         module = todo.pop()
         if module not in found:
             found.add(module)
-            todo += list(_imported_beside(module))
+            beside = _imported_beside(module, module.stat().st_mtime_ns)
+            todo += [file for imported in beside for file in _whole(imported)]
     return found
+
+
+def _whole(path: Path) -> list[Path]:
+    """The file, or all files of the part of heatkv whose folder it lies in."""
+    parts = path.relative_to(PACKAGE).parts if path.is_relative_to(PACKAGE) else ()
+    return sorted(path.parent.rglob("*.py")) if len(parts) > 2 else [path]
 
 
 def folder_files(name: str) -> set[Path]:
@@ -128,19 +132,32 @@ def _is_docstring(statement: ast.stmt) -> bool:
     )
 
 
-def _imported_beside(path: Path) -> Iterator[Path]:
-    """Yield the module's imports from its own folder, by `import x`, `from x import y` or `from . import x`."""
-    for node in ast.walk(_parse(path)):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            beside = path.parent.joinpath(*parts)
+@lru_cache(maxsize=512)
+def _imported_beside(path: Path, changed: int) -> tuple[Path, ...]:
+    """Files beside a module that it imports, see `module_files`; `changed` as in `_meaning`.
+
+    By `import x`, `from x import y` or `from . import x`.
+    """
+    inside, found = path.is_relative_to(PACKAGE), list[Path]()
+    room = path.relative_to(PACKAGE).parts[0] if inside else path.parent.name
+    for name in _imported(_parse(path)):
+        parts = name.split(".")
+        if inside:
+            places = [PACKAGE.parent.joinpath(*parts)] if parts[:2] == [PACKAGE.name, room] else []
+        else:
             own = path.parent.parent.joinpath(*parts)  # the plug-in as a package: its own name comes first
-            for place in (beside, own) if parts[0] == path.parent.name else (beside,):
-                for file in (place.with_suffix(".py"), place / "__init__.py"):
-                    if file.is_file():
-                        yield file
+            places = [path.parent.joinpath(*parts), *([own] if parts[0] == room else [])]
+        files = (file for place in places for file in (place.with_suffix(".py"), place / "__init__.py"))
+        found += [file for file in files if file.is_file()]
+    return tuple(found)
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    """Names that may be modules: what is imported, and what it is imported from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = [node.module] if node.module else []
+            yield from module
+            yield from (".".join((*module, alias.name)) for alias in node.names)

@@ -41,7 +41,18 @@ def test_an_edit_of_code_that_makes_images_is_seen(file: str, package: Path) -> 
     assert digest() != before
 
 
-@pytest.mark.parametrize("file", ["methods/snapkv.py", "metrics/pixels.py", "console.py", "pipeline/rows.py"])
+@pytest.mark.parametrize("file", ["parts.py", "var/model.py", "infinity/checkpoint.py"])
+def test_a_family_is_also_what_it_takes_from_the_room_of_models(file: str, package: Path) -> None:
+    """VAR opens checkpoints with Infinity's code, and both share layers."""
+    family, path = "heatkv_cli.models.var.load.load", package / "models" / file
+    before = code.code_sha256(code.module_files(family))
+    path.write_text(path.read_text(encoding="utf-8") + "\nNEW = 1\n", encoding="utf-8")
+    assert code.code_sha256(code.module_files(family)) != before
+
+
+@pytest.mark.parametrize(
+    "file", ["models/var/model.py", "methods/snapkv.py", "metrics/pixels.py", "console.py", "pipeline/rows.py"]
+)
 def test_code_of_others_is_not(file: str, package: Path) -> None:
     before, path = digest(), package / file
     path.write_text(path.read_text(encoding="utf-8") + "\nNEW = 1\n", encoding="utf-8")
