@@ -23,12 +23,8 @@ from heatkv_cli.methods.base import Method, Setting
 from heatkv_cli.metrics.base import Metric
 from heatkv_cli.models.base import ImageModel, Sampling, Sketch
 
-CALIBRATION, SCHEDULE = "calibration.safetensors", "schedule.safetensors"
 FREE, LAYOUT, FORCED = "free", "layout", "forced"
 """The passes: ordinary generation; the full run's codes copied at the layout scales; copied at every scale."""
-
-TEXT = "text"
-"""Role of a text encoder: features computed with it may stand in for its files."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from heatkv_cli.benchmarks.base import PromptSet
 from heatkv_cli.calibration.calibration import Calibration
 from heatkv_cli.config import Plan, RunConfig, config_hash
+from heatkv_cli.config.compose import DRAWING
 from heatkv_cli.core.scales import Geometry
 from heatkv_cli.errors import BudgetError, ConfigError, Errors, HeatKVError, SetupError, raise_all
 from heatkv_cli.methods.base import Method, Setting
@@ -33,9 +34,6 @@ T = TypeVar("T")
 
 GO_ON = ("generate", "eval")
 """Commands that leave out the points of a sweep that cannot exist; the others end there."""
-
-DRAWING = ("calibrate", "generate", "eval")
-"""Commands that make images, of which a large model on a CPU takes hours."""
 
 LOW_DISK = 64 * 2**20
 """Free bytes below which nothing is begun."""

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from small_models import SMALL_INFINITY
 
 from heatkv_cli.cli import run
 from heatkv_cli.config import compose
@@ -29,15 +30,7 @@ FAST = ["runtime.threads=1", "warmup=0"]
 SMALL_2B = [
     "model=infinity-2b",
     "weights=random",
-    "resolution=0.06M",
-    "model.num_layers=4",
-    "model.num_heads=4",
-    "model.head_dim=16",
-    "model.params.width=64",
-    "model.params.block_chunks=2",
-    "model.params.text_channels=256",
-    "model.params.text_length=32",
-    "model.params.tokenizer.base_channels=32",
+    *SMALL_INFINITY,
     "model.params.tokenizer.multipliers=[1,1]",
 ]
 

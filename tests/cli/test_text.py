@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import SMALL_INFINITY
 
 from heatkv_cli.benchmarks.base import items_of
 
@@ -30,18 +31,10 @@ from heatkv_cli.results import RunFolder, read_meta
 
 SMALL = [
     "model=infinity-2b",
-    "resolution=0.06M",
+    *SMALL_INFINITY,
     "force_resolution=true",
     "model.weights.verify=false",
-    "model.num_layers=4",
-    "model.num_heads=4",
-    "model.head_dim=16",
-    "model.params.width=64",
-    "model.params.block_chunks=2",
-    "model.params.text_channels=256",
-    "model.params.text_length=32",
     f"model.params.tokenizer.bits={golden.CODES['A'].bits}",
-    "model.params.tokenizer.base_channels=32",
     f"model.params.tokenizer.multipliers={[*golden.MULTIPLIERS['A']]}",
     "benchmark=natural",
     "runtime.batch_size=2",

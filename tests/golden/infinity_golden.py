@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -114,23 +113,6 @@ def tokenizer(model: str) -> Tokenizer:
     assert all(name.startswith("encoder.") for name in missing) and (model == "B" or not missing)
     assert all(name.endswith("lfq.mask") for name in unexpected)
     return net.eval().requires_grad_(False)
-
-
-class Recorder:
-    """A cache that keeps everything, and can be asked for it."""
-
-    def __init__(self) -> None:
-        self.k: dict[int, Tensor] = {}
-        self.v: dict[int, Tensor] = {}
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        if layer in self.k:
-            k, v = torch.cat((self.k[layer], k), 2), torch.cat((self.v[layer], v), 2)
-        self.k[layer], self.v[layer] = k, v
-        return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
-
-    def end_step(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import infinity_golden as golden
 import pytest
 import torch
 import torch.nn.functional as F
-from infinity_golden import CODES, HERE, RUNS, Recorder, Run, tensor
+from infinity_golden import CODES, HERE, RUNS, Run, tensor
+from recorder import Recorder
 from torch import Tensor
 
 from heatkv_cli.core.budget import Budget

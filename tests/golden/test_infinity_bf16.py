@@ -13,7 +13,8 @@ import infinity_golden as golden
 import pytest
 import torch
 import torch.nn.functional as F
-from infinity_golden import Recorder, Run
+from infinity_golden import Run
+from recorder import Recorder
 from torch import Tensor
 
 from heatkv_cli.models.infinity.model import InfinityModel

@@ -12,7 +12,8 @@ import infinity_golden as golden
 import infinity_literal as literal
 import pytest
 import torch
-from infinity_golden import CODES, MULTIPLIERS, RUNS, Recorder, Run, tensor
+from infinity_golden import CODES, MULTIPLIERS, RUNS, Run, tensor
+from recorder import Recorder
 from torch import Tensor
 
 from heatkv_cli.core.scales import Geometry, ScaleSchedule

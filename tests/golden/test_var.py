@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import var_golden as golden
+from recorder import Recorder
 from torch import Tensor
-from var_golden import ABSENT, HERE, RUNS, Recorder, Run, gap, tensor
+from var_golden import ABSENT, HERE, RUNS, Run, gap, tensor
 
 from heatkv_cli.core.budget import Budget
 from heatkv_cli.core.cache import KVCache

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import var_golden as golden
+from recorder import Recorder
 from torch import Tensor
-from var_golden import ABSENT, HERE, RUNS, Recorder, Run
+from var_golden import ABSENT, HERE, RUNS, Run
 
 from heatkv_cli.models import parts as parts_module
 from heatkv_cli.models.var import model as model_module

@@ -12,8 +12,9 @@ import pytest
 import torch
 import var_golden as golden
 import var_literal as literal
+from recorder import Recorder
 from torch import Tensor, nn
-from var_golden import ABSENT, HERE, RUNS, Recorder, Run, gap, tensor
+from var_golden import ABSENT, HERE, RUNS, Run, gap, tensor
 
 from heatkv_cli.models.var.model import VarModel
 from heatkv_cli.models.var.sampling import Sampling

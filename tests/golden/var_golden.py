@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -128,24 +127,6 @@ def transformer(variant: str = "") -> Var:
 
 def geometry(config: VarConfig) -> Geometry:
     return Geometry("golden-var", config.depth, config.heads, config.head_dim, ScaleSchedule(config.sizes), 1)
-
-
-class Recorder:
-    """A cache that keeps everything, and can be asked for it."""
-
-    def __init__(self) -> None:
-        self.k: dict[int, Tensor] = {}
-        self.v: dict[int, Tensor] = {}
-        self.ended = 0
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-        if layer in self.k:
-            k, v = torch.cat((self.k[layer], k), 2), torch.cat((self.v[layer], v), 2)
-        self.k[layer], self.v[layer] = k, v
-        return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
-
-    def end_step(self) -> None:
-        self.ended += 1
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from recorder import Recorder
+from small_models import SMALL_INFINITY
 from torch import nn
 
 from heatkv_cli.config import compose
@@ -53,7 +55,7 @@ def test_a_container_gives_the_official_bits(tmp_path: Path, model: str, write: 
     loaded = load(write(tmp_path, tensors), wrapped(tmp_path, vae), model)
     assert same(loaded.transformer, tensors) and same(loaded.tokenizer, vae)
     assert not any(t.is_meta or t.requires_grad for t in loaded.transformer.state_dict().values())
-    run, cache = golden.Run(f"{model}_forced", golden.RUNS[f"{model}_forced"]), golden.Recorder()
+    run, cache = golden.Run(f"{model}_forced", golden.RUNS[f"{model}_forced"]), Recorder()
     result = golden.generate(run, cache, loaded)
     assert not golden.beyond(golden.errors(run, loaded, result, cache.k, cache.v))
     images = loaded.decode(result.trace.latent)
@@ -61,7 +63,7 @@ def test_a_container_gives_the_official_bits(tmp_path: Path, model: str, write: 
 
 
 def test_a_free_run_gives_the_official_bits(tmp_path: Path) -> None:
-    run, cache = golden.Run("A_nocfg", golden.RUNS["A_nocfg"]), golden.Recorder()
+    run, cache = golden.Run("A_nocfg", golden.RUNS["A_nocfg"]), Recorder()
     loaded = load(sharded_safetensors(tmp_path, official("A")), wrapped(tmp_path, pixels("A")))
     result = golden.generate(run, cache, loaded)
     assert torch.equal(run.tokens(result.trace.codes), golden.tensor("run/A_nocfg/bits"))
@@ -90,7 +92,7 @@ def test_blocks_in_the_models_dtype_and_the_rest_in_float32(tmp_path: Path) -> N
         assert t.dtype == wanted, name
         assert torch.equal(t, official("A")[name].to(wanted)), name
     run = golden.Run("A_forced", golden.RUNS["A_forced"])
-    logits = golden.difference(run, golden.generate(run, golden.Recorder(), loaded).trace)
+    logits = golden.difference(run, golden.generate(run, Recorder(), loaded).trace)
     exact = golden.tensor("run/A_forced/logits")
     error = (golden.every(logits, exact, 1) - (exact[..., 1] - exact[..., 0])).abs()
     assert 0 < error.mean() < 0.2  # bfloat16, and not noise
@@ -114,16 +116,8 @@ def test_from_the_yaml_and_a_folder_of_weights(tmp_path: Path, name: str, model:
         [
             f"model={name}",
             f"weights={tmp_path}",
-            "resolution=0.06M",
+            *SMALL_INFINITY,
             "force_resolution=true",
-            "model.num_layers=4",
-            "model.num_heads=4",
-            "model.head_dim=16",
-            "model.params.width=64",
-            "model.params.block_chunks=2",
-            "model.params.text_channels=256",
-            "model.params.text_length=32",
-            "model.params.tokenizer.base_channels=32",
             f"model.params.tokenizer.bits={golden.CODES[model].bits}",
             "model.weights.verify=false",
             f"model.params.tokenizer.multipliers={[*golden.MULTIPLIERS[model]]}",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorder import Recorder
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,7 +23,6 @@ from heatkv_cli.models.var.transformer import Var, VarConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 
-from var_golden import Recorder
 
 SIZES = ((1, 1), (2, 2), (3, 3))
 TOKENS = 14
